@@ -1,0 +1,46 @@
+"""scDiVa on the side of tensors: configuration, network, training, tasks. Importing it registers the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+)
+
+from modeling_scdiva.configuration_scdiva import ScDivaConfig
+from modeling_scdiva.modeling_scdiva import (
+    ScDivaForMaskedDiffusion,
+    ScDivaForSequenceClassification,
+    ScDivaMaskedDiffusionOutput,
+    ScDivaModel,
+    ScDivaPreTrainedModel,
+    pool_cells,
+)
+
+__all__ = [
+    "ScDivaConfig",
+    "ScDivaForMaskedDiffusion",
+    "ScDivaForSequenceClassification",
+    "ScDivaMaskedDiffusionOutput",
+    "ScDivaModel",
+    "ScDivaPreTrainedModel",
+    "pool_cells",
+]
+
+AutoConfig.register(ScDivaConfig.model_type, ScDivaConfig, exist_ok=True)
+ScDivaConfig.register_for_auto_class()
+for _auto_class, _model_class in (
+    (AutoModel, ScDivaModel),
+    (AutoModelForPreTraining, ScDivaForMaskedDiffusion),
+    (AutoModelForMaskedLM, ScDivaForMaskedDiffusion),
+    (AutoModelForSequenceClassification, ScDivaForSequenceClassification),
+):
+    _auto_class.register(ScDivaConfig, _model_class, exist_ok=True)
+    # Makes save_pretrained copy the code beside the weights.
+    _model_class.register_for_auto_class(_auto_class.__name__)
+
+try:  # registers AutoTokenizer, so that either import makes every Auto class work
+    import tokenization_scdiva  # noqa: F401, TID251
+except ImportError:
+    pass

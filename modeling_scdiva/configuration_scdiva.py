@@ -1,0 +1,194 @@
+"""Configuration of scDiVa: every number of the network, and nothing else.
+
+Notable choices:
+- Strict fields: a value of the wrong kind is refused when the object is built.
+- Relations between fields are checked in one method, whose messages name both numbers.
+- A keyword that is no field is refused; the base class would store a misspelt name in silence.
+- Vocabulary and normalisation belong to the tokenizer, run numbers to the training arguments.
+
+Source: METHOD.md sections 3 and 4. The defaults are the published network: 12 layers, width 512, 94 M parameters.
+"""
+
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# Every Auto class must find its entry: `save_pretrained` by itself writes only that of the class being saved.
+AUTO_MAP = {
+    "AutoConfig": "configuration_scdiva.ScDivaConfig",
+    "AutoModel": "modeling_scdiva.ScDivaModel",
+    "AutoModelForMaskedLM": "modeling_scdiva.ScDivaForMaskedDiffusion",
+    "AutoModelForPreTraining": "modeling_scdiva.ScDivaForMaskedDiffusion",
+    "AutoModelForSequenceClassification": "modeling_scdiva.ScDivaForSequenceClassification",
+}
+
+# Keywords which are no fields of ours but which transformers itself passes or reads from a config.json.
+BASE_KEYWORDS = frozenset(
+    {
+        "attn_implementation",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "per_layer_config",
+        "quantization_config",
+        "rope_scaling",
+        "rope_theta",
+        "tie_last_hidden_states",
+        "torch_dtype",
+    }
+)
+
+
+@strict
+class ScDivaConfig(PreTrainedConfig):
+    """Numbers of the scDiVa network.
+
+    Attributes:
+        vocab_size: Number of gene tokens V, special tokens included.
+        hidden_size: Width D of the network.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Number of attention heads H; each is hidden_size / num_attention_heads wide.
+        intermediate_size: Inner width of the SwiGLU block.
+        hidden_act: Activation of the SwiGLU gate and of the heads.
+        max_position_embeddings: Longest cell the network is meant for, in positions.
+        rms_norm_eps: Added to the mean square before the root.
+        hidden_dropout: Dropout on the token sum and on what each block adds, in [0, 1).
+        attention_dropout: Dropout on attention weights, in [0, 1).
+        classifier_dropout: Dropout before the classifier, in [0, 1).
+        initializer_range: Standard deviation of fresh weights.
+        rope_parameters: Rotary position settings; base 10,000 when not given.
+        pad_token_id: Token of an empty slot.
+        mask_token_id: Token of a gene that is hidden by diffusion.
+        lat_token_id: Token of the anchor ``<lat>`` at position 0, whose last state is the cell embedding.
+        unk_token_id: Token of a gene outside the vocabulary.
+        pert_token_id: Token of a perturbation.
+        n_special_tokens: The first ids of the vocabulary, which are never predicted.
+        tie_word_embeddings: Share the weights of the gene embedding and the gene head.
+        objective: Training objective; "paper" is the mean masked loss per cell of METHOD.md section 4.
+        expression_loss_weight: Weight of the expression loss beside the gene loss.
+        exclude_visible_genes: Give genes that are visible in a cell probability zero at its masked positions.
+        value_head: "scalar" predicts a value from the position alone, "gene" from the position and the gene.
+        sparse_prediction: Compute gene logits at masked positions only, unless all are asked for.
+        cell_pooling: What the classifier reads: "lat" (the anchor) or "mean" (mean over the gene positions).
+        vocabulary_hash: Content hash of the vocabulary the weights belong to.
+        auto_map: Where the Auto classes find the code beside a checkpoint; filled here.
+    """
+
+    model_type = "scdiva"
+    default_theta = 10_000.0
+    # What an evaluation loop must not gather over a whole data set.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["last_hidden_state", "hidden_states", "attentions"]
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 41_818
+    hidden_size: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    intermediate_size: int = 2_048
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 1_280
+    rms_norm_eps: float | int = 1e-5
+    hidden_dropout: float | int = 0.1
+    attention_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.1
+    initializer_range: float | int = 0.02
+    rope_parameters: dict | None = None
+    pad_token_id: int = 0
+    mask_token_id: int = 1
+    lat_token_id: int = 2
+    unk_token_id: int = 3
+    pert_token_id: int = 4
+    n_special_tokens: int = 5
+    tie_word_embeddings: bool = False
+    objective: Literal["paper"] = "paper"
+    expression_loss_weight: float | int = 10.0
+    exclude_visible_genes: bool = False
+    value_head: Literal["scalar", "gene"] = "scalar"
+    sparse_prediction: bool = True
+    cell_pooling: Literal["lat", "mean"] = "lat"
+    vocabulary_hash: str | None = None
+    auto_map: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Refuse keywords that are no fields, then fill what depends on other fields.
+
+        Args:
+            **kwargs: Keywords that are no fields; transformers' own pass, others are refused.
+
+        Raises:
+            ValueError: If a keyword is neither a field nor one of transformers' own.
+        """
+        unknown = sorted(key for key in kwargs if key not in BASE_KEYWORDS and not key.startswith("_"))
+        if unknown:
+            msg = (
+                f"ScDivaConfig has no field {', '.join(map(repr, unknown))}. Correct the name, or update scdiva if a "
+                f"newer release wrote the file. Fields: {', '.join(sorted(self.__dataclass_fields__))}."
+            )
+            raise ValueError(msg)
+        if self.auto_map is None:
+            self.auto_map = dict(AUTO_MAP)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Check the relations between fields; called on construction and before saving.
+
+        Raises:
+            ValueError: If two fields contradict each other or a number lies outside its range.
+        """
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                msg = f"{name} must be at least 1, got {getattr(self, name)}."
+                raise ValueError(msg)
+        if self.hidden_size % (2 * self.num_attention_heads) != 0:
+            msg = (
+                f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "
+                f"({self.num_attention_heads}): rotary positions need an even head width."
+            )
+            raise ValueError(msg)
+        for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                msg = f"{name} must lie in [0, 1), got {getattr(self, name)}."
+                raise ValueError(msg)
+        if self.expression_loss_weight < 0:
+            msg = f"expression_loss_weight must not be negative, got {self.expression_loss_weight}."
+            raise ValueError(msg)
+        self._validate_special_tokens()
+
+    def _validate_special_tokens(self) -> None:
+        """Check that the special tokens are the first, different ids of the vocabulary.
+
+        Raises:
+            ValueError: If ids repeat, lie outside the special range, or leave no gene to predict.
+        """
+        names = ("pad_token_id", "mask_token_id", "lat_token_id", "unk_token_id", "pert_token_id")
+        token_ids = {name: getattr(self, name) for name in names}
+        if len(set(token_ids.values())) != len(names):
+            msg = f"special tokens must have different ids, got {token_ids}."
+            raise ValueError(msg)
+        outside = {name: i for name, i in token_ids.items() if not 0 <= i < self.n_special_tokens}
+        if outside:
+            msg = (
+                f"special tokens must be among the first n_special_tokens ({self.n_special_tokens}) ids, got "
+                f"{outside}; every later id is a gene."
+            )
+            raise ValueError(msg)
+        if self.vocab_size <= self.n_special_tokens:
+            msg = (
+                f"vocab_size ({self.vocab_size}) must exceed n_special_tokens ({self.n_special_tokens}): "
+                "there is no gene to predict."
+            )
+            raise ValueError(msg)
+
+
+__all__ = ["ScDivaConfig"]

@@ -1,0 +1,174 @@
+"""Masked diffusion as small pure functions: noise schedule, losses per cell, genes that a cell excludes.
+
+Notable choices:
+- The schedule is linear, alpha(t) = 1 - t, and is written here once. Its functions take floats, numpy arrays and
+  torch tensors alike, because the collator draws with numpy and the sampler works on tensors.
+- The reduction is the objective: losses are averaged over the masked positions of each cell first. With t ~ U(0, 1)
+  that mean has the expectation NELBO / (L + 1); a mean over all masked positions of a loader batch has not.
+
+Dimensions: B cells in a loader batch, S positions, V vocabulary, n masked positions in the loader batch.
+Source: METHOD.md sections 2 and 4.
+"""
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+Array = TypeVar("Array", float, np.ndarray, torch.Tensor)
+
+
+def alpha(timestep: Array) -> Array:
+    """Give the kept share: the probability that a gene token is still visible.
+
+    Args:
+        timestep: Diffusion time in [0, 1]; 0 is the clean cell.
+
+    Returns:
+        Kept share in [0, 1], same kind and shape.
+    """
+    return 1.0 - timestep
+
+
+def alpha_derivative(timestep: Array) -> Array:
+    """Give the slope of the kept share over time.
+
+    Args:
+        timestep: Diffusion time in [0, 1].
+
+    Returns:
+        d alpha / dt, which is -1 everywhere, same kind and shape.
+    """
+    return 0.0 * timestep - 1.0
+
+
+def masking_rate(timestep: Array) -> Array:
+    """Give the probability that a gene token is masked.
+
+    Args:
+        timestep: Diffusion time in [0, 1].
+
+    Returns:
+        1 - alpha(t) in [0, 1], same kind and shape.
+    """
+    return 1.0 - alpha(timestep)
+
+
+def loss_weight(timestep: Array) -> Array:
+    """Give the weight of the summed masked loss in the continuous-time bound.
+
+    Args:
+        timestep: Diffusion time in (0, 1].
+
+    Returns:
+        -alpha'(t) / (1 - alpha(t)), which is 1 / t, same kind and shape.
+    """
+    return -alpha_derivative(timestep) / masking_rate(timestep)
+
+
+def stratified_timesteps(uniforms: Array, strata: Array, n_strata: int | None = None) -> Array:
+    """Spread diffusion times evenly: one draw in each of ``n_strata`` equal intervals.
+
+    Every time by itself is uniform on (0, 1] when the strata are a random permutation; together they vary far less
+    than independent draws. Whoever holds a part of a batch passes that part and the number of cells in the whole.
+
+    Args:
+        uniforms: (B,) independent draws from [0, 1).
+        strata: (B,) index of the interval of each cell, from a random permutation of 0 .. n_strata - 1.
+        n_strata: Number of intervals; the number of cells when not given.
+
+    Returns:
+        (B,) times in (0, 1], same kind.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if np.shape(uniforms) != np.shape(strata):
+        msg = f"uniforms and strata must have one shape, got {np.shape(uniforms)} and {np.shape(strata)}."
+        raise ValueError(msg)
+    n_strata = np.shape(strata)[0] if n_strata is None else n_strata
+    return (strata + (1.0 - uniforms)) / n_strata
+
+
+def per_cell_mean(losses: torch.Tensor, cell_index: torch.Tensor, n_cells: int) -> torch.Tensor:
+    """Average values over the masked positions of each cell.
+
+    Args:
+        losses: (n,) one value per masked position.
+        cell_index: (n,) int64, the cell of each position, in 0 .. n_cells - 1.
+        n_cells: Number of cells B.
+
+    Returns:
+        (B,) mean per cell; 0 for a cell without a masked position, still part of the graph.
+    """
+    totals = losses.new_zeros(n_cells).index_add(0, cell_index, losses)
+    n_masked = losses.new_zeros(n_cells).index_add(0, cell_index, torch.ones_like(losses))
+    return totals / n_masked.clamp(min=1.0)
+
+
+def masked_gene_loss(
+    logits: torch.Tensor, labels: torch.Tensor, cell_index: torch.Tensor, n_cells: int
+) -> torch.Tensor:
+    """Compute the mean cross-entropy of the masked genes of each cell.
+
+    Args:
+        logits: (n, V) gene logits at the masked positions; -inf is probability zero.
+        labels: (n,) int64 true gene tokens.
+        cell_index: (n,) int64, the cell of each position.
+        n_cells: Number of cells B.
+
+    Returns:
+        (B,) float32 nats per masked gene; 0 for a cell without one.
+    """
+    # bf16 logits would lose the small differences that make up a loss near its floor.
+    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")  # (n,)
+    return per_cell_mean(losses, cell_index, n_cells)
+
+
+def masked_expression_loss(
+    predictions: torch.Tensor, targets: torch.Tensor, cell_index: torch.Tensor, n_cells: int
+) -> torch.Tensor:
+    """Compute the mean squared error of the hidden expression values of each cell.
+
+    Args:
+        predictions: (n,) predicted expression values at the hidden positions, log1p of normalised counts.
+        targets: (n,) values of the clean cell, same unit.
+        cell_index: (n,) int64, the cell of each position.
+        n_cells: Number of cells B.
+
+    Returns:
+        (B,) float32 squared log1p units; 0 for a cell without a hidden value.
+    """
+    losses = (predictions.float() - targets.float()).square()  # (n,)
+    return per_cell_mean(losses, cell_index, n_cells)
+
+
+def visible_gene_mask(input_ids: torch.Tensor, n_special_tokens: int, vocab_size: int) -> torch.Tensor:
+    """Mark the genes which a cell already shows. A gene occurs once per cell, so it cannot be masked as well.
+
+    Args:
+        input_ids: (B, S) gene tokens; masked genes and padding carry special ids.
+        n_special_tokens: The first ids of the vocabulary, which are no genes.
+        vocab_size: Size V of the vocabulary.
+
+    Returns:
+        (B, V) bool, True at visible genes, False at every special id.
+    """
+    is_visible = torch.zeros(input_ids.shape[0], vocab_size, dtype=torch.bool, device=input_ids.device)
+    is_visible.scatter_(1, input_ids, value=True)  # (B, V)
+    is_visible[:, :n_special_tokens] = False
+    return is_visible
+
+
+__all__ = [
+    "alpha",
+    "alpha_derivative",
+    "loss_weight",
+    "masked_expression_loss",
+    "masked_gene_loss",
+    "masking_rate",
+    "per_cell_mean",
+    "stratified_timesteps",
+    "visible_gene_mask",
+]

@@ -1,0 +1,196 @@
+"""Checkpoints of a pretraining run: safetensors and JSON, whole or not there at all.
+
+A checkpoint is a folder `checkpoint-00000500` with the model as `save_pretrained` writes it, the optimiser's moments
+by parameter name, the average weights if there are any, and the counters. It is written under another name, flushed
+to disk and renamed, so a kill at any moment leaves the old checkpoints or the new one, never half of one.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from transformers import PreTrainedModel
+
+PROGRESS_FILE = "progress.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+AVERAGE_FILE = "average.safetensors"
+WEIGHTS_FILE = "model.safetensors"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """How far a run has come; with the weights and moments, all that a resume needs.
+
+    Attributes:
+        step: Optimiser updates done.
+        epoch: Current epoch, from 0.
+        next_batch: Global micro-batches of this epoch already consumed.
+        n_cells: Cells seen, over all processes.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    next_batch: int = 0
+    n_cells: int = 0
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """Find the newest whole checkpoint, by step number.
+
+    Args:
+        output_dir: Folder of the run.
+
+    Returns:
+        Its folder, or None.
+    """
+    found = [path for path in _checkpoints(output_dir) if (path / PROGRESS_FILE).exists()]
+    return found[-1] if found else None
+
+
+def save_checkpoint(
+    output_dir: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
+    progress: Progress,
+    keep: int,
+) -> Path:
+    """Write a checkpoint and delete the oldest ones.
+
+    Args:
+        output_dir: Folder of the run.
+        model: Model in training.
+        optimizer: Its optimiser.
+        average: Its average weights, if any.
+        progress: Counters.
+        keep: Checkpoints that stay.
+
+    Returns:
+        The new folder.
+    """
+    folder = output_dir / f"checkpoint-{progress.step:08d}"
+    partial = output_dir / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    moments = {
+        f"{name}/{moment}": optimizer.state[parameter][moment].cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for moment in MOMENTS
+        if parameter in optimizer.state
+    }
+    save_file(moments, partial / OPTIMIZER_FILE)
+    if average is not None:
+        averages = {name: tensor.cpu().contiguous() for name, tensor in average.module.named_parameters()}
+        save_file(averages, partial / AVERAGE_FILE)
+    (partial / PROGRESS_FILE).write_text(json.dumps(asdict(progress)), "utf-8")
+    for path in [*partial.iterdir(), partial]:
+        _flush(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    _flush(output_dir)
+    for old in _checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None
+) -> Progress:
+    """Load a checkpoint into a run that was set up with the same settings.
+
+    Args:
+        folder: Checkpoint.
+        model: Gets the weights.
+        optimizer: Gets the moments.
+        average: Gets the average weights, if the run keeps any.
+
+    Returns:
+        Counters.
+
+    Raises:
+        FileNotFoundError: If a part is missing; training never goes on with a fresh optimiser in silence.
+        ValueError: If a part does not fit the model.
+    """
+    needed = [WEIGHTS_FILE, OPTIMIZER_FILE, PROGRESS_FILE] + ([AVERAGE_FILE] if average is not None else [])
+    missing = [name for name in needed if not (folder / name).exists()]
+    if missing:
+        msg = f"{folder} lacks {', '.join(missing)}. Delete this checkpoint to resume from the one before it."
+        raise FileNotFoundError(msg)
+    _load_strictly(model, load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+    if average is not None:
+        averages = load_file(folder / AVERAGE_FILE)
+        _load_strictly(average.module, averages | dict(model.named_buffers()), folder / AVERAGE_FILE)
+    moments = load_file(folder / OPTIMIZER_FILE)
+    for name, parameter in model.named_parameters():
+        lacking = [moment for moment in MOMENTS if f"{name}/{moment}" not in moments]
+        if lacking:
+            msg = f"{folder / OPTIMIZER_FILE} has no {lacking[0]} of {name}: it belongs to another model."
+            raise ValueError(msg)
+        optimizer.state[parameter] = {
+            # The fused update wants its step counter beside the parameter.
+            moment: moments[f"{name}/{moment}"].to(parameter.device)
+            for moment in MOMENTS
+        }
+    return Progress(**json.loads((folder / PROGRESS_FILE).read_text("utf-8")))
+
+
+def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        msg = f"{path} does not fit the model of this run (another --config?): {error}"
+        raise ValueError(msg) from error
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    if not output_dir.exists():
+        return []
+    found = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d{8}", path.name)]
+    return sorted(found)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class TrainingLog:
+    """Lines of numbers, in a JSON-lines file and in the trackers of Accelerate.
+
+    Args:
+        path: File; after a resume, lines past ``first_step`` are taken out first.
+        first_step: Steps already done.
+        accelerator: Only its main process writes.
+    """
+
+    def __init__(self, path: Path, first_step: int, accelerator: Accelerator) -> None:
+        self.path, self.accelerator = path, accelerator
+        self.lines: list[dict[str, float]] = []
+        if not accelerator.is_main_process:
+            return
+        if first_step and path.exists():
+            lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
+            self.lines = [line for line in lines if line["step"] <= first_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), "utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line; it holds a ``step``."""
+        self.lines.append(line)
+        self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(line) + "\n")

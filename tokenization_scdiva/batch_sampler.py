@@ -1,0 +1,104 @@
+"""Which cells make up which training batch, as a pure function of (seed, epoch, batch).
+
+Batches are global: with W processes, process r takes every W-th cell of each, so that the run sees the same cells
+with the same corruption at any world size. Cells of similar length share a batch (megabatches of 50 batches are
+sorted by length), which saves most padding without losing the shuffle.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from tokenization_scdiva.corpus import CellDraw
+
+BATCHES_PER_MEGABATCH = 50
+
+
+class CellBatchSampler(Sampler[list[CellDraw]]):
+    """Endless-by-epoch source of global batches, restartable at any batch.
+
+    Args:
+        n_genes: (N,) genes of each cell, for grouping by length.
+        batch_size: Cells of a global batch, over all processes.
+        max_genes: Longer cells count as this long.
+        seed: Another seed, another order.
+        rank: This process.
+        world_size: Number of processes; divides ``batch_size``.
+        shuffle: False keeps the order and one fixed set of times, for evaluation.
+
+    Raises:
+        ValueError: If the batch cannot be shared out evenly, or there are fewer cells than one batch.
+    """
+
+    def __init__(
+        self,
+        n_genes: np.ndarray,
+        *,
+        batch_size: int,
+        max_genes: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        if batch_size % world_size:
+            msg = f"A global batch of {batch_size} cells cannot be shared evenly by {world_size} processes."
+            raise ValueError(msg)
+        if shuffle and len(n_genes) < batch_size:
+            msg = f"The corpus has {len(n_genes)} cells, fewer than one global batch of {batch_size}."
+            raise ValueError(msg)
+        self.lengths = np.minimum(n_genes, max_genes)
+        self.batch_size, self.seed = batch_size, seed
+        self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
+        self.epoch = self.first_batch = 0
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose what the next iteration yields.
+
+        Args:
+            epoch: Epoch, from 0.
+            first_batch: Batches of it to leave out, after a resume.
+        """
+        self.epoch, self.first_batch = epoch, first_batch
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Global batches of one epoch; the cells of an incomplete last one wait for the next epoch's shuffle."""
+        n_cells = len(self.lengths)
+        return n_cells // self.batch_size if self.shuffle else -(-n_cells // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch - self.first_batch
+
+    def __iter__(self) -> Iterator[list[CellDraw]]:
+        batches = self._shuffled_batches() if self.shuffle else self._fixed_batches()
+        for batch in range(self.first_batch, self.batches_per_epoch):
+            cells = batches[batch]
+            strata = self._rng(1 + batch).permutation(self.batch_size)
+            draws = [
+                CellDraw(int(cell), self.epoch, int(stratum), self.batch_size)
+                for cell, stratum in zip(cells, strata, strict=False)
+            ]
+            share = draws[self.rank :: self.world_size]
+            if share:  # only the short last batch of an evaluation can leave a process without cells
+                yield share
+
+    def _rng(self, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.epoch, stream])
+
+    def _shuffled_batches(self) -> np.ndarray:
+        """(batches, batch_size) cells: shuffled, sorted by length within megabatches, batches shuffled again."""
+        rng = self._rng(0)
+        n_batches = self.batches_per_epoch
+        cells = rng.permutation(len(self.lengths))[: n_batches * self.batch_size]
+        megabatch = BATCHES_PER_MEGABATCH * self.batch_size
+        for start in range(0, len(cells), megabatch):
+            group = cells[start : start + megabatch]
+            cells[start : start + megabatch] = group[np.argsort(self.lengths[group], kind="stable")]
+        return cells.reshape(n_batches, self.batch_size)[rng.permutation(n_batches)]
+
+    def _fixed_batches(self) -> list[np.ndarray]:
+        """All cells once, longest last, the last batch short."""
+        cells = np.argsort(self.lengths, kind="stable")
+        return [cells[start : start + self.batch_size] for start in range(0, len(cells), self.batch_size)]

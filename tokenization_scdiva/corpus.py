@@ -1,0 +1,232 @@
+"""The Arrow corpus: its schema, its manifest, and reading it at training time.
+
+A corpus is a folder of Arrow stream files in the layout that the `datasets` library memory-maps, one pair of files
+(train, validation) per shard, beside one `manifest.json`. A row is a cell: all its vocabulary genes in ranking order
+with their raw counts, so that the uncorrupted cell needs no sort at training time and thinning still finds the genes
+below the cut. Batches are fetched as Arrow tables by a list of indices; no Python object per cell or gene.
+
+Dimensions: N cells of a split, B cells of a batch, T gene tokens of a batch.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from torch.utils.data import Dataset as TorchDataset
+
+from tokenization_scdiva.ranking_scdiva import FlatCells, normalise_counts
+
+CORPUS_FORMAT = "scdiva-corpus"
+CORPUS_FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+SPLITS = ("train", "validation")
+# Token ids and counts fit 16 bits in nearly all corpora: 4 bytes per stored gene.
+MAX_UINT16 = 2**16 - 1
+
+
+def corpus_features(*, value_kind: str, vocab_size: int, count_dtype: str, obs_keys: Sequence[str]) -> Features:
+    """Return the schema of a corpus.
+
+    Args:
+        value_kind: ``counts`` or ``log1p``.
+        vocab_size: V; decides the width of the token ids.
+        count_dtype: ``uint16`` or ``uint32``.
+        obs_keys: Columns of ``obs`` that are kept, as text.
+
+    Returns:
+        Features: ``gene_ids``, then ``counts`` and ``library_size`` or ``expression_values``, then ``dataset_id``,
+        ``cell_index`` (row in its file) and the ``obs`` columns.
+    """
+    token_type = "uint16" if vocab_size <= MAX_UINT16 + 1 else "uint32"
+    columns: dict[str, Any] = {"gene_ids": List(Value(token_type))}
+    if value_kind == "counts":
+        columns |= {"counts": List(Value(count_dtype)), "library_size": Value("float32")}
+    else:
+        columns |= {"expression_values": List(Value("float16"))}
+    columns |= {"dataset_id": Value("uint16"), "cell_index": Value("uint32")}
+    return Features(columns | {key: Value("string") for key in obs_keys})
+
+
+def shard_name(split: str, shard: int, n_shards: int) -> str:
+    """Return the file name of one shard of one split.
+
+    Args:
+        split: ``train`` or ``validation``.
+        shard: Number of the shard, from 0.
+        n_shards: Shards of the corpus.
+
+    Returns:
+        A name in the form the `datasets` library knows, ``train-00000-of-00008.arrow``.
+    """
+    return f"{split}-{shard:05d}-of-{n_shards:05d}.arrow"
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read and check the manifest of a corpus.
+
+    Args:
+        folder: Corpus folder.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        FileNotFoundError: If there is none: not a corpus, or not yet finished.
+        ValueError: If it is of another kind or version.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    if not path.exists():
+        msg = (
+            f"{path} does not exist: {folder} is no corpus, or its building was interrupted. Run data/build_corpus.py "
+            "again with the same arguments; it goes on where it stopped."
+        )
+        raise FileNotFoundError(msg)
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        msg = f"{path} is damaged ({error}). Delete it and run data/build_corpus.py again with the same arguments."
+        raise ValueError(msg) from error
+    found = (manifest.get("format"), manifest.get("format_version"))
+    if found != (CORPUS_FORMAT, CORPUS_FORMAT_VERSION):
+        msg = (
+            f"{path} is of format {found}, wanted {(CORPUS_FORMAT, CORPUS_FORMAT_VERSION)}. Build the corpus again."
+        )
+        raise ValueError(msg)
+    return manifest
+
+
+class CellDraw(NamedTuple):
+    """One cell of one epoch as a sampler asks for it; corruption is a function of this and the seed alone.
+
+    Attributes:
+        cell: Index of the cell in its split.
+        epoch: Number of the epoch.
+        stratum: Stratum of the diffusion time, in [0, n_strata).
+        n_strata: Strata in the loader batch; 1 leaves the time unstratified.
+    """
+
+    cell: int
+    epoch: int = 0
+    stratum: int = 0
+    n_strata: int = 1
+
+
+class CellBatch(NamedTuple):
+    """What the corpus hands to the collator.
+
+    Attributes:
+        cells: All genes of the B cells in ranking order, uncut.
+        draws: (B, 4) int64, the rows of `CellDraw`.
+    """
+
+    cells: FlatCells
+    draws: np.ndarray
+
+
+class CellCorpus(TorchDataset[CellBatch]):
+    """One split of a corpus on disk, fetched by batches.
+
+    Args:
+        folder: Corpus folder.
+        split: ``train`` or ``validation``.
+        ranking_settings: ``tokenizer.ranking_settings``; a corpus made with others is refused.
+
+    Raises:
+        FileNotFoundError: If the corpus or a shard is missing.
+        ValueError: If the corpus was made with another vocabulary or other settings, a shard is not whole, or the
+            split is empty.
+    """
+
+    def __init__(self, folder: str | Path, split: str, *, ranking_settings: Mapping[str, Any]) -> None:
+        self.folder, self.split = Path(folder), split
+        self.manifest = read_manifest(folder)
+        self.target_sum = float(self.manifest["ranking"]["target_sum"])
+        self.value_kind: str = self.manifest["value_kind"]
+        _check_ranking(self.folder, self.manifest["ranking"], ranking_settings)
+        shards = [shard for shard in self.manifest["splits"][split]["shards"] if shard["n_cells"]]
+        if not shards:
+            msg = f"The split {split!r} of {folder} holds no cell; build the corpus with a validation split."
+            raise ValueError(msg)
+        rows = concatenate_datasets([_open_shard(self.folder, shard) for shard in shards])
+        self._rows = rows.with_format("arrow")
+        self.n_genes = _list_lengths(rows.data.column("gene_ids"))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, draw: int | CellDraw) -> CellBatch:
+        return self.__getitems__([draw])
+
+    def __getitems__(self, draws: Sequence[int] | Sequence[CellDraw]) -> CellBatch:
+        """Fetch a batch: the call `DataLoader` makes with all indices of a batch at once."""
+        keys = np.array(
+            [CellDraw(draw) if isinstance(draw, int | np.integer) else draw for draw in draws], dtype=np.int64
+        )
+        table = self._rows[keys[:, 0].tolist()]
+        offsets, token_ids = _flat_list(table.column("gene_ids"))
+        token_ids = token_ids.astype(np.int32)
+        if self.value_kind == "log1p":
+            values = _flat_list(table.column("expression_values"))[1].astype(np.float32)
+            return CellBatch(FlatCells(offsets, token_ids, values, None, None), keys)
+        counts = _flat_list(table.column("counts"))[1].astype(np.int32)
+        library_size = table.column("library_size").to_numpy().astype(np.float64)
+        values = normalise_counts(counts, np.repeat(library_size, np.diff(offsets)), self.target_sum)
+        return CellBatch(FlatCells(offsets, token_ids, values, counts, library_size), keys)
+
+    def describe(self, cell: int) -> dict[str, Any]:
+        """Say which cell a row is: data set, row in its file and the kept ``obs`` columns.
+
+        Args:
+            cell: Index in the split.
+
+        Returns:
+            Column name -> value.
+        """
+        row = self._rows[[cell]].drop_columns(
+            [name for name in ("gene_ids", "counts", "expression_values") if name in self._rows.column_names]
+        )
+        described = row.to_pylist()[0]
+        described["dataset"] = self.manifest["datasets"][described.pop("dataset_id")]["name"]
+        return described
+
+
+def _check_ranking(folder: Path, corpus: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> None:
+    differing = [name for name in corpus if corpus[name] != tokenizer[name]]
+    if differing:
+        details = ", ".join(f"{name}: corpus {corpus[name]}, tokenizer {tokenizer[name]}" for name in differing)
+        msg = (
+            f"The corpus {folder} was built with another tokenizer ({details}). Use the tokenizer it was built with, "
+            "or build the corpus again with this one."
+        )
+        raise ValueError(msg)
+
+
+def _open_shard(folder: Path, shard: Mapping[str, Any]) -> Dataset:
+    path = folder / shard["file"]
+    if not path.exists():
+        msg = f"The shard {path} is missing. Run data/build_corpus.py again with the same arguments to rebuild it."
+        raise FileNotFoundError(msg)
+    size = path.stat().st_size
+    if size != shard["n_bytes"]:
+        msg = (
+            f"The shard {path} has {size:,} bytes and should have {shard['n_bytes']:,}. Delete it and run "
+            "data/build_corpus.py again with the same arguments to rebuild it."
+        )
+        raise ValueError(msg)
+    return Dataset.from_file(str(path))
+
+
+def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
+    return np.concatenate(lengths).astype(np.int32)
+
+
+def _flat_list(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return offsets (B + 1,) and flat entries (T,) of a list column."""
+    lengths = _list_lengths(column)
+    flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]), np.concatenate(flat)

@@ -1,0 +1,164 @@
+"""Files of cells: find them, open them, and write new ones so that half a file never bears its final name."""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anndata
+
+CELL_FILE_ENDINGS = (".h5ad", ".h5")
+MTX_NAMES = ("matrix.mtx", "matrix.mtx.gz")
+
+
+def find_cell_files(inputs: Iterable[str | Path]) -> dict[str, Path]:
+    """Resolve files, globs and folders to a sorted table of data sets.
+
+    Args:
+        inputs: h5ad files, 10x ``.h5`` files, 10x folders (``matrix.mtx[.gz]`` inside), globs, or folders of these.
+
+    Returns:
+        Data set name -> path, sorted by name. The name is the file's stem, with the folder's name before it where
+        two stems are equal.
+
+    Raises:
+        FileNotFoundError: If an input matches nothing.
+        ValueError: If two different files would still share a name.
+    """
+    paths: set[Path] = set()
+    for entry in inputs:
+        found = [path for match in sorted(glob.glob(str(entry))) for path in _cell_files_at(Path(match))]  # noqa: PTH207
+        if not found:
+            msg = (
+                f"No cells at {str(entry)!r}: wanted an .h5ad or 10x .h5 file, a 10x folder, or a folder of these."
+            )
+            raise FileNotFoundError(msg)
+        paths.update(found)
+    stems = [path.stem for path in paths]
+    named: dict[str, Path] = {}
+    for path in sorted(paths):
+        name = path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}_{path.stem}"
+        if name in named:
+            msg = f"{named[name]} and {path} would both be called {name!r}; rename one of them."
+            raise ValueError(msg)
+        named[name] = path
+    return dict(sorted(named.items()))
+
+
+def _cell_files_at(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path] if path.suffix in CELL_FILE_ENDINGS else []
+    if any((path / name).exists() for name in MTX_NAMES):
+        return [path]
+    inside = sorted(child for child in path.iterdir() if child.suffix in CELL_FILE_ENDINGS and child.is_file())
+    return inside + sorted(
+        child for child in path.iterdir() if any((child / name).exists() for name in MTX_NAMES)
+    )
+
+
+@contextmanager
+def open_cells(path: Path) -> Iterator[anndata.AnnData]:
+    """Open a file of cells, h5ad without loading its matrix, 10x formats through scanpy's readers.
+
+    Args:
+        path: h5ad file, 10x ``.h5`` file or 10x folder.
+
+    Yields:
+        AnnData; backed for h5ad, and closed afterwards.
+
+    Raises:
+        ImportError: If a 10x format comes and scanpy is not installed.
+        OSError: If the file is damaged or of another kind.
+    """
+    try:
+        adata = anndata.read_h5ad(path, backed="r") if path.suffix == ".h5ad" else _read_10x(path)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        size = f"{path.stat().st_size:,} bytes" if path.is_file() else "a folder"
+        msg = f"{path} ({size}) cannot be read as cells: {error}. Is it cut off? Fetch it again or leave it out."
+        raise OSError(msg) from error
+    try:
+        yield adata
+    finally:
+        if adata.isbacked:
+            adata.file.close()
+
+
+def _read_10x(path: Path) -> anndata.AnnData:
+    try:
+        import scanpy
+    except ImportError as error:
+        msg = f"{path} is in a 10x format, which scanpy reads: pip install 'scdiva[examples]'"
+        raise ImportError(msg) from error
+    adata = scanpy.read_10x_mtx(path) if path.is_dir() else scanpy.read_10x_h5(path)
+    return adata
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` that takes its name only when the block ends well.
+
+    Args:
+        path: Final file.
+
+    Yields:
+        Path to write to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.partial"):  # left by a run that was killed
+        stale.unlink()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as handle:
+            os.fsync(handle.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Put a file's path before the message of whatever its content is refused for.
+
+    Args:
+        path: File that is being read inside the block.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: The one raised inside, with the path before its message.
+    """
+    try:
+        yield
+    except ValueError as error:
+        msg = f"{path}: {error}"
+        raise ValueError(msg) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, equal content giving equal bytes.
+
+    Args:
+        path: File to write.
+        content: What to write.
+    """
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal text.
+
+    Args:
+        path: File to read.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

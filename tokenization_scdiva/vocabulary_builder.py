@@ -1,0 +1,132 @@
+"""From files of cells to a gene vocabulary with population entropies, in constant memory.
+
+Two passes: the first collects gene names and settles which entries of which file are one gene; the second streams
+the cells into one histogram per gene. A cell counts for a gene only where its file measures that gene: unmeasured is
+not zero.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tokenization_scdiva.counts_scdiva import read_counts
+from tokenization_scdiva.files import errors_name, open_cells
+from tokenization_scdiva.gene_entropy import GeneEntropy
+from tokenization_scdiva.gene_table import GeneTable, canonical_genes
+from tokenization_scdiva.genes_scdiva import ensembl_id, gene_name_columns, match_genes
+from tokenization_scdiva.ranking_scdiva import TARGET_SUM
+from tokenization_scdiva.tokenization_scdiva import iter_flat_cells
+from tokenization_scdiva.vocabulary_scdiva import GeneVocabulary
+
+
+def build_vocabulary(
+    files: Mapping[str, Path],
+    *,
+    gene_table: GeneTable | None = None,
+    expression_is_log1p: bool = False,
+    target_sum: float = TARGET_SUM,
+    min_cells: int = 1,
+    n_genes: int | None = None,
+    show_progress: bool = True,
+) -> tuple[GeneVocabulary, list[dict[str, Any]]]:
+    """Build a vocabulary from all genes of some files.
+
+    Args:
+        files: Data set name -> file, as `find_cell_files` returns them.
+        gene_table: What names mean; entries it does not know are left out and counted. None takes names as written.
+        expression_is_log1p: The files hold log1p values instead of counts.
+        target_sum: Molecules to which every cell is scaled; the tokenizer must use the same.
+        min_cells: Genes seen in fewer cells are left out.
+        n_genes: Keep only this many genes, those whose log1p expression varies most over all cells. For small models.
+        show_progress: Show a progress bar.
+
+    Returns:
+        The vocabulary, and one report per file: cells, matched genes, entries left out.
+
+    Raises:
+        ValueError: If a file is refused (the message names it), or no gene is left.
+    """
+    candidates, reports = _collect_genes(files, gene_table, expression_is_log1p=expression_is_log1p)
+    entropy = GeneEntropy(candidates.n_genes, target_sum=target_sum)
+    bar = tqdm(total=sum(report["n_cells"] for report in reports), unit=" cells", disable=not show_progress)
+    for path in files.values():
+        _add_cells(entropy, path, candidates, expression_is_log1p=expression_is_log1p, bar=bar)
+    bar.close()
+    kept = _kept_genes(entropy, min_cells=min_cells, n_genes=n_genes)
+    ids = [candidates.gene_ids[candidates.n_special_tokens + gene] for gene in kept]
+    symbols: Sequence[str]
+    if gene_table is None:
+        symbols, aliases = [candidates.gene_symbols[candidates.n_special_tokens + gene] for gene in kept], {}
+    else:
+        symbols, aliases = gene_table.names_for_vocabulary(ids)
+    source = {
+        "datasets": [report["name"] for report in reports],
+        "n_cells": entropy.n_cells,
+        "target_sum": target_sum,
+        "n_bins": entropy.n_bins,
+        "value_kind": "log1p" if expression_is_log1p else "counts",
+        "min_cells": min_cells,
+        "n_genes_requested": n_genes,
+        "n_genes_found": candidates.n_genes,
+    }
+    vocabulary = GeneVocabulary(
+        ids, symbols, aliases=aliases, gene_entropy=entropy.entropy()[kept], source=source
+    )
+    return vocabulary, reports
+
+
+def _collect_genes(
+    files: Mapping[str, Path], gene_table: GeneTable | None, *, expression_is_log1p: bool
+) -> tuple[GeneVocabulary, list[dict[str, Any]]]:
+    """Settle all genes of all files; a symbol that is some gene's with an Ensembl id joins that gene."""
+    symbols: dict[str, str] = {}
+    reports = []
+    for name, path in files.items():
+        with errors_name(path), open_cells(path) as adata:
+            counts = read_counts(adata, expression_is_log1p=expression_is_log1p)
+            columns = gene_name_columns(adata, use_raw=counts.use_raw)
+            gene_ids, report = canonical_genes(columns, gene_table)
+            reports.append(
+                {"name": name, "n_cells": counts.n_cells, "source": counts.source, "genes": report.to_dict()}
+            )
+        for gene_id, *names in zip(gene_ids, *columns.values(), strict=True):
+            if gene_id is not None:
+                symbols.setdefault(gene_id, next((n for n in names if n and not ensembl_id(n)), gene_id))
+    if gene_table is not None:
+        ids = sorted(symbols)
+        names_of_ids, aliases = gene_table.names_for_vocabulary(ids)
+        return GeneVocabulary(ids, names_of_ids, aliases=aliases), reports
+    with_id = {symbol for gene_id, symbol in symbols.items() if ensembl_id(gene_id)}
+    ids = sorted(gene_id for gene_id in symbols if ensembl_id(gene_id) or gene_id not in with_id)
+    return GeneVocabulary(ids, [symbols[gene_id] for gene_id in ids]), reports
+
+
+def _add_cells(
+    entropy: GeneEntropy, path: Path, candidates: GeneVocabulary, *, expression_is_log1p: bool, bar: tqdm
+) -> None:
+    with errors_name(path), open_cells(path) as adata:
+        counts = read_counts(adata, expression_is_log1p=expression_is_log1p)
+        columns = gene_name_columns(adata, use_raw=counts.use_raw)
+        match = match_genes(columns, candidates, gene_totals=counts.gene_totals, min_gene_overlap=0.0)
+        column_genes = np.where(match.token_ids < 0, -1, match.token_ids - candidates.n_special_tokens)
+        is_measured = np.zeros(entropy.n_genes, dtype=bool)
+        is_measured[column_genes[column_genes >= 0]] = True
+        for _, cells, _ in iter_flat_cells(counts, column_genes, target_sum=entropy.target_sum):
+            entropy.update(cells.token_ids, cells.values, cells.n_cells, measured=is_measured)
+            bar.update(cells.n_cells)
+
+
+def _kept_genes(entropy: GeneEntropy, *, min_cells: int, n_genes: int | None) -> np.ndarray:
+    n_expressing = entropy.histogram[:, 1:].sum(axis=1)
+    kept = np.flatnonzero(n_expressing >= max(min_cells, 1))
+    if len(kept) == 0:
+        msg = f"No gene is expressed in {min_cells} cells or more; lower min_cells."
+        raise ValueError(msg)
+    if n_genes is not None and n_genes < len(kept):
+        _, variance = entropy.mean_variance()
+        most_variable = np.argsort(-variance[kept], kind="stable")[:n_genes]
+        kept = np.sort(kept[most_variable])
+    return kept
