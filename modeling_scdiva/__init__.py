@@ -1,4 +1,4 @@
-"""scDiVa on the side of tensors: configuration, network, training, tasks. Importing it registers the Auto classes."""
+"""The tensor side of scDiVa: configuration, network, training, tasks. Importing it fills the Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -17,6 +17,7 @@ from modeling_scdiva.modeling_scdiva import (
     ScDivaPreTrainedModel,
     pool_cells,
 )
+from modeling_scdiva.pipelines import register_pipelines
 
 __all__ = [
     "ScDivaConfig",
@@ -39,8 +40,7 @@ for _auto_class, _model_class in (
     _auto_class.register(ScDivaConfig, _model_class, exist_ok=True)
     # Makes save_pretrained copy the code beside the weights.
     _model_class.register_for_auto_class(_auto_class.__name__)
+register_pipelines()
 
-try:  # registers AutoTokenizer, so that either import makes every Auto class work
-    import tokenization_scdiva  # noqa: F401, TID251
-except ImportError:
-    pass
+# Last, and the one exception to the direction of imports: either package registers AutoTokenizer as well.
+import tokenization_scdiva  # noqa: E402, F401, TID251

@@ -6,13 +6,18 @@ Notable choices:
 - A keyword that is no field is refused; the base class would store a misspelt name in silence.
 - Vocabulary and normalisation belong to the tokenizer, run numbers to the training arguments.
 
-Source: METHOD.md sections 3 and 4. The defaults are the published network: 12 layers, width 512, 94 M parameters.
+Source: METHOD.md sections 3 and 4. The defaults are the published network: 12 layers, width 512, 94 million
+parameters.
 """
 
+from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Every Auto class must find its entry: `save_pretrained` by itself writes only that of the class being saved.
 AUTO_MAP = {
@@ -123,19 +128,25 @@ class ScDivaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Refuse keywords that are no fields, then fill what depends on other fields.
 
+        A file that `save_pretrained` wrote may hold more, because training tools add entries of their own.
+        They are kept with a warning, so that a finished checkpoint always loads.
+
         Args:
-            **kwargs: Keywords that are no fields; transformers' own pass, others are refused.
+            **kwargs: Keywords that are no fields; transformers' own pass.
 
         Raises:
             ValueError: If a keyword is neither a field nor one of transformers' own.
         """
         unknown = sorted(key for key in kwargs if key not in BASE_KEYWORDS and not key.startswith("_"))
-        if unknown:
+        if unknown and self.transformers_version is None:
             msg = (
-                f"ScDivaConfig has no field {', '.join(map(repr, unknown))}. Correct the name, or update scdiva if a "
-                f"newer release wrote the file. Fields: {', '.join(sorted(self.__dataclass_fields__))}."
+                f"ScDivaConfig has no field {', '.join(map(repr, unknown))}. Correct or remove it. "
+                f"Fields: {', '.join(field.name for field in fields(self))}."
             )
             raise ValueError(msg)
+        if unknown:
+            names = ", ".join(unknown)
+            logger.warning(f"The saved configuration holds entries that this release does not use: {names}.")
         if self.auto_map is None:
             self.auto_map = dict(AUTO_MAP)
         super().__post_init__(**kwargs)

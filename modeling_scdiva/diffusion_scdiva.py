@@ -1,10 +1,10 @@
 """Masked diffusion as small pure functions: noise schedule, losses per cell, genes that a cell excludes.
 
 Notable choices:
-- The schedule is linear, alpha(t) = 1 - t, and is written here once. Its functions take floats, numpy arrays and
-  torch tensors alike, because the collator draws with numpy and the sampler works on tensors.
-- The reduction is the objective: losses are averaged over the masked positions of each cell first. With t ~ U(0, 1)
-  that mean has the expectation NELBO / (L + 1); a mean over all masked positions of a loader batch has not.
+- The schedule is linear, alpha(t) = 1 - t, and is written here once. Its functions take floats, numpy arrays
+  and torch tensors alike, because the collator draws with numpy and the sampler works on tensors.
+- The reduction is the objective: losses are averaged over the masked positions of each cell first. With
+  t ~ U(0, 1) that mean has the expectation NELBO / (L + 1); a mean over all masked positions has not.
 
 Dimensions: B cells in a loader batch, S positions, V vocabulary, n masked positions in the loader batch.
 Source: METHOD.md sections 2 and 4.
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 Array = TypeVar("Array", float, np.ndarray, torch.Tensor)
+Vector = TypeVar("Vector", np.ndarray, torch.Tensor)
 
 
 def alpha(timestep: Array) -> Array:
@@ -67,11 +68,11 @@ def loss_weight(timestep: Array) -> Array:
     return -alpha_derivative(timestep) / masking_rate(timestep)
 
 
-def stratified_timesteps(uniforms: Array, strata: Array, n_strata: int | None = None) -> Array:
+def stratified_timesteps(uniforms: Vector, strata: Vector, n_strata: int | None = None) -> Vector:
     """Spread diffusion times evenly: one draw in each of ``n_strata`` equal intervals.
 
-    Every time by itself is uniform on (0, 1] when the strata are a random permutation; together they vary far less
-    than independent draws. Whoever holds a part of a batch passes that part and the number of cells in the whole.
+    Every time by itself is uniform on (0, 1] when the strata are a random permutation; together they vary far
+    less than independent draws. Whoever holds a part of a batch passes that part and the size of the whole.
 
     Args:
         uniforms: (B,) independent draws from [0, 1).
@@ -87,8 +88,7 @@ def stratified_timesteps(uniforms: Array, strata: Array, n_strata: int | None = 
     if np.shape(uniforms) != np.shape(strata):
         msg = f"uniforms and strata must have one shape, got {np.shape(uniforms)} and {np.shape(strata)}."
         raise ValueError(msg)
-    n_strata = np.shape(strata)[0] if n_strata is None else n_strata
-    return (strata + (1.0 - uniforms)) / n_strata
+    return (strata + (1.0 - uniforms)) / (n_strata or len(strata))
 
 
 def per_cell_mean(losses: torch.Tensor, cell_index: torch.Tensor, n_cells: int) -> torch.Tensor:

@@ -6,12 +6,13 @@ Notable choices:
 - Gene logits are computed at masked positions only; special tokens have probability zero.
 - Padding is invisible, and so are the values behind hidden and empty slots.
 
-Dimensions: B cells in a loader batch, S positions, V vocabulary, D width, H heads, C classes, n masked positions.
+Dimensions: B cells in a loader batch, S positions, V vocabulary, D width, H heads, C classes, n
+positions to predict.
 Source: METHOD.md sections 3 and 4.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,9 +65,9 @@ class ScDivaMaskedDiffusionOutput(ModelOutput):
 
 
 class ScDivaModel(ScDivaPreTrainedModel):
-    """The encoder: cells in, hidden states out; the last state of `<lat>`, at position 0, is the cell embedding."""
+    """The encoder: cells in, hidden states out. The last state of `<lat>`, at position 0, embeds the cell."""
 
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012 - declared so by the base class
         r"^lm_head\.",
         r"^gene_transform\.",
         r"^value_head\.",
@@ -104,7 +105,7 @@ class ScDivaModel(ScDivaPreTrainedModel):
             attention_mask: (B, S) 1 = real, 0 = padding; derived from the padding tokens when not given.
             is_masked: (B, S) bool, True where the value is hidden; when not given, where the gene is hidden.
             position_ids: (B, S) or (1, S) ranks; 0 .. S - 1 when not given.
-            inputs_embeds: (B, S, D) gene embeddings in place of the table's. Keep ``input_ids`` beside them when
+            inputs_embeds: (B, S, D) gene embeddings in place of the table's. Keep ``input_ids`` with them if
                 there are special tokens, which show no value.
             **kwargs: ``output_hidden_states``, ``output_attentions``, ``return_dict``, and what kernels take.
 
@@ -112,7 +113,7 @@ class ScDivaModel(ScDivaPreTrainedModel):
             The last hidden state (B, S, D) and, when asked for, all states and attention weights.
 
         Raises:
-            ValueError: If ``expression_values`` did not come.
+            ValueError: If ``expression_values`` did not come, or the cells are longer than the network is meant for.
         """
         masks = self._position_masks(input_ids, inputs_embeds, attention_mask, is_masked)
         if expression_values is None:
@@ -121,6 +122,12 @@ class ScDivaModel(ScDivaPreTrainedModel):
             )
             raise ValueError(msg)
         gene_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, S, D)
+        if gene_states.shape[1] > self.config.max_position_embeddings:
+            msg = (
+                f"Cells have {gene_states.shape[1]} positions, the network is meant for "
+                f"{self.config.max_position_embeddings} (max_position_embeddings). Lower max_genes of the tokenizer."
+            )
+            raise ValueError(msg)
         expression_values = expression_values.to(gene_states.dtype)
         value_states = self.value_embedding(
             expression_values, masks.is_measured, masks.is_hidden
@@ -143,9 +150,9 @@ class ScDivaModel(ScDivaPreTrainedModel):
 class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
     """The diffusion model: predicts the hidden genes and the hidden expression values of a cell."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - see the base class
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: ScDivaConfig) -> None:
         super().__init__(config)
@@ -236,10 +243,10 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
     ) -> tuple | ScDivaMaskedDiffusionOutput:
         """Predict what is hidden and, when targets come, compute the losses.
 
-        Logits stand for the positions with a label or, without labels, for the masked genes, cell after cell. Values
-        are predicted at every position: where the head uses the gene, for the labelled or visible one, else for the
-        likeliest. Labels must be hidden genes: a special token or, with ``exclude_visible_genes``, a gene that the
-        cell shows can never be predicted and is refused.
+        Logits stand for the positions with a label or, without labels, for the masked genes, cell after cell.
+        Values are predicted at every position; a head that uses the gene takes the label, else the visible
+        gene, else the likeliest. Labels must be genes that can be predicted: special tokens are refused, and
+        so are genes that the cell shows if ``exclude_visible_genes`` is set.
 
         Args:
             input_ids: (B, S) gene tokens, ``mask_token_id`` where the gene is hidden.
@@ -376,7 +383,7 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
 class ScDivaForSequenceClassification(ScDivaPreTrainedModel):
     """The encoder with a classifier of whole cells, for example of cell types."""
 
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012 - declared so by the base class
         r"^lm_head\.",
         r"^gene_transform\.",
         r"^value_head\.",
@@ -385,10 +392,10 @@ class ScDivaForSequenceClassification(ScDivaPreTrainedModel):
 
     def __init__(self, config: ScDivaConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 0
         self.model = ScDivaModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, len(config.id2label or {}))
+        self.classifier = nn.Linear(config.hidden_size, int(self.num_labels))
         self.post_init()
 
     @can_return_tuple
@@ -411,7 +418,7 @@ class ScDivaForSequenceClassification(ScDivaPreTrainedModel):
             attention_mask: (B, S) 1 = real, 0 = padding; derived from the padding tokens when not given.
             is_masked: (B, S) bool, True where the value is hidden; when not given, where the gene is hidden.
             position_ids: (B, S) or (1, S) ranks; 0 .. S - 1 when not given.
-            labels: (B,) int64 classes, (B,) float targets or (B, C) float indicators, as ``problem_type`` says.
+            labels: (B,) int64 classes, (B,) float targets or (B, C) float indicators, by ``problem_type``.
             inputs_embeds: (B, S, D) gene embeddings in place of the table's.
             **kwargs: ``output_hidden_states``, ``output_attentions``, ``return_dict``, and what kernels take.
 

@@ -9,7 +9,7 @@ Source: METHOD.md section 3.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,19 +40,16 @@ class ScDivaPreTrainedModel(PreTrainedModel):
     config: ScDivaConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    # Our losses are means over cells, whatever the number of labels: Trainer has to average over its micro-batches.
+    # Losses are means over cells, whatever the number of labels: Trainer has to average over micro-batches.
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["ScDivaLayer", "ScDivaValueEmbedding"]
+    _no_split_modules = ["ScDivaLayer", "ScDivaValueEmbedding"]  # noqa: RUF012 - declared so by the base class
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs: ClassVar[dict[str, Any]] = {
-        "hidden_states": ScDivaLayer,
-        "attentions": ScDivaAttention,
-    }
+    _can_record_outputs = {"hidden_states": ScDivaLayer, "attentions": ScDivaAttention}  # noqa: RUF012
     # Weights that checkpoints of other scDiVa classes do not hold, and which then may start fresh.
     _fresh_head_prefix: str | None = None
 
@@ -61,8 +58,8 @@ class ScDivaPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, ScDivaValueEmbedding):
-            # A single input feature: at the usual scale the MLP would start linear in the value and far below the
-            # gene embedding. Like this its kinks spread over the range of values and both terms start equally large.
+            # A single input feature: at the usual scale the MLP would start linear in the value and far below
+            # the gene embedding. Like this it starts curved, and both terms start equally large.
             init.uniform_(module.in_proj.weight, -1.0, 1.0)
             init.uniform_(module.in_proj.bias, -1.0, 1.0)
             init.normal_(module.out_proj.weight, std=std / self.config.hidden_size**0.5)
@@ -106,7 +103,7 @@ class ScDivaPreTrainedModel(PreTrainedModel):
             RuntimeError: If weights are missing, unexpected, of another shape, or not finite.
         """
         if use_safetensors is False:
-            msg = "scDiVa reads safetensors only, got use_safetensors=False. Convert with save_pretrained first."
+            msg = "scDiVa reads safetensors only, got use_safetensors=False. Save the weights in that format."
             raise ValueError(msg)
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path,
@@ -155,7 +152,7 @@ class ScDivaPreTrainedModel(PreTrainedModel):
         return missing_keys
 
     def _not_finite_weights(self) -> list[str]:
-        """Look for NaN and infinity in all weights that are in memory; those offloaded to disk cannot be seen.
+        """Look for NaN and infinity in all weights in memory; those offloaded to disk cannot be seen.
 
         Returns:
             Names of the weights that hold any.
@@ -184,13 +181,14 @@ class ScDivaPreTrainedModel(PreTrainedModel):
             msg = f"attention_mask must be (cells, positions), got shape {tuple(attention_mask.shape)}."
             raise ValueError(msg)
         if input_ids is not None:
-            no_value_ids = (self.config.pad_token_id, self.config.lat_token_id, self.config.pert_token_id)
-            is_gene = ~torch.isin(input_ids, torch.tensor(no_value_ids, device=input_ids.device))
             is_gene_masked = input_ids == self.config.mask_token_id
             is_attended = input_ids != self.config.pad_token_id
+            is_anchor = (input_ids == self.config.lat_token_id) | (input_ids == self.config.pert_token_id)
+            is_gene = (input_ids != self.config.pad_token_id) & ~is_anchor
         elif inputs_embeds is not None:
             is_gene = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-            is_gene_masked, is_attended = ~is_gene, is_gene
+            is_gene_masked = ~is_gene if is_masked is None else is_masked.bool()
+            is_attended = is_gene
         else:
             msg = "neither input_ids nor inputs_embeds came. Pass what the tokenizer returns."
             raise ValueError(msg)

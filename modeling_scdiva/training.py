@@ -1,12 +1,12 @@
 """Masked-diffusion pretraining: a plain Accelerate loop that can be stopped anywhere and goes on bit for bit.
 
-Why not `Trainer`: its resume replays neither masks nor dropout exactly, and its loss bookkeeping counts labels before
-masking. Here nothing is random but by number: cells, masks and depth come from (seed, epoch, cell) through the
-loader, dropout from (seed, micro-step, process). A resume therefore needs weights, optimiser and three counters, and
-no generator state; everything is safetensors and JSON.
+Why not `Trainer`: its resume replays neither masks nor dropout exactly, and its loss bookkeeping counts
+labels before masking. Here nothing is random but by number: cells, masks and depth come from (seed, epoch,
+cell) through the loader, dropout from (seed, micro-step, process). A resume therefore needs weights,
+optimiser and three counters, and no generator state; everything is safetensors and JSON.
 
-A *step* is one optimiser update over `gradient_accumulation_steps` global micro-batches. Learning rates, optimiser
-numbers and the clip are those of METHOD.md section 7.
+A *step* is one optimiser update over `gradient_accumulation_steps` global micro-batches. Learning rates,
+optimiser numbers and the clip are those of METHOD.md section 7.
 
 Dimensions: B cells of one process's micro-batch, S positions, V vocabulary, D width.
 """
@@ -62,7 +62,8 @@ class PretrainingArguments:
         warmup_fraction: Share of the steps with a rising rate.
         final_learning_rate_fraction: Where the cosine ends, as a share of the peak.
         max_grad_norm: Gradients are clipped to this norm.
-        ema_decay: Keep an exponential average of the weights with this decay and save it as the model; 0 for none.
+        ema_decay: Keep an exponential average of the weights with this decay and save it as the model; 0 for
+            none.
         seed: Of dropout. (Cells and masks have the loader's.)
         log_every: Steps between lines of the log.
         eval_every: Steps between evaluations; 0 for the end only.
@@ -92,8 +93,8 @@ class PretrainingArguments:
                 raise ValueError(msg)
         if self.save_every % self.log_every:
             msg = (
-                f"save_every ({self.save_every}) must be a multiple of log_every ({self.log_every}), so that a resumed "
-                "run logs the same means."
+                f"save_every ({self.save_every}) must be a multiple of log_every ({self.log_every}), so "
+                "that a resumed run logs the same means."
             )
             raise ValueError(msg)
         for name in ("warmup_fraction", "final_learning_rate_fraction", "ema_decay"):
@@ -131,7 +132,8 @@ def make_optimizer(model: nn.Module, arguments: PretrainingArguments) -> torch.o
         The optimiser, fused.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in model.parameters():
         is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
         (decayed if is_matrix else others).append(parameter)
@@ -155,9 +157,12 @@ def pretrain(
 ) -> list[dict[str, float]]:
     """Train a model and save it to ``output_dir``, with checkpoints on the way.
 
+    A gradient that is not finite stops the run with a ``FloatingPointError``; checkpoints stay as they are.
+
     Args:
         model: Model to train, in place.
-        train_loader: Yields collated micro-batches; its ``batch_sampler`` is an `EpochSampler` of this process.
+        train_loader: Yields collated micro-batches; its ``batch_sampler`` is an `EpochSampler` of this
+            process.
         eval_loader: Held-out cells with fixed masks, or None.
         arguments: Run numbers.
         accelerator: Says where the run happens: processes, device, precision.
@@ -169,13 +174,15 @@ def pretrain(
         The lines of the log, one mapping per logged step or evaluation.
 
     Raises:
-        FloatingPointError: If a loss or gradient is not finite; the last checkpoint stays as it is.
         FileExistsError: If ``output_dir`` holds checkpoints and ``resume`` is not set.
     """
     output_dir = Path(output_dir)
     found = latest_checkpoint(output_dir)
     if found is not None and not resume:
-        msg = f"{output_dir} holds {found.name} of an earlier run. Pass resume (--resume) or choose another folder."
+        msg = (
+            f"{output_dir} holds {found.name} of an earlier run. Pass resume (--resume) or choose another "
+            "folder."
+        )
         raise FileExistsError(msg)
     run = _Run(model, arguments, accelerator, output_dir, on_save)
     if found is not None:
@@ -223,8 +230,8 @@ def evaluate(
         accelerator: Where the run happens.
 
     Returns:
-        ``eval_loss``, ``eval_gene_loss`` (nats), ``eval_expression_loss`` (squared log1p units), the gene loss in ten
-        bins of diffusion time, and ``eval_n_cells``.
+        ``eval_loss``, ``eval_gene_loss`` (nats), ``eval_expression_loss`` (squared log1p units), the gene
+        loss in ten bins of diffusion time, and ``eval_n_cells``.
     """
     meter = LossMeter(accelerator)
     was_training = model.training
@@ -295,8 +302,9 @@ class _Run:
         self.grad_norm = float(norm)
         if not math.isfinite(self.grad_norm):
             msg = (
-                f"The gradient of step {self.progress.step + 1} is {self.grad_norm}. Training stops before the weights "
-                f"are spoilt; checkpoints in {self.output_dir} are good. Look for broken cells, or lower the rate."
+                f"The gradient of step {self.progress.step + 1} is {self.grad_norm}. Training stops before "
+                f"the weights are spoilt; checkpoints in {self.output_dir} are good. Look for broken cells, "
+                "or lower the rate."
             )
             raise FloatingPointError(msg)
         self.optimizer.step()
@@ -340,7 +348,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _saved_model(self) -> ScDivaForMaskedDiffusion:
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else self.average.module  # type: ignore[return-value]
 
     def _dropout_seed(self, micro: int) -> int:
         place = f"{self.arguments.seed}/{self.progress.step}/{micro}/{self.accelerator.process_index}"

@@ -1,8 +1,9 @@
 """Checkpoints of a pretraining run: safetensors and JSON, whole or not there at all.
 
-A checkpoint is a folder `checkpoint-00000500` with the model as `save_pretrained` writes it, the optimiser's moments
-by parameter name, the average weights if there are any, and the counters. It is written under another name, flushed
-to disk and renamed, so a kill at any moment leaves the old checkpoints or the new one, never half of one.
+A checkpoint is a folder `checkpoint-00000500` with the model as `save_pretrained` writes it, the optimiser's
+moments by parameter name, the average weights if there are any, and the counters. It is written under another
+name, flushed to disk and renamed, so a kill at any moment leaves the old checkpoints or the new one, never
+half of one.
 """
 
 import json
@@ -90,7 +91,7 @@ def save_checkpoint(
     }
     save_file(moments, partial / OPTIMIZER_FILE)
     if average is not None:
-        averages = {name: tensor.cpu().contiguous() for name, tensor in average.module.named_parameters()}
+        averages = {name: tensor.cpu().contiguous() for name, tensor in average.state_dict().items()}
         save_file(averages, partial / AVERAGE_FILE)
     (partial / PROGRESS_FILE).write_text(json.dumps(asdict(progress)), "utf-8")
     for path in [*partial.iterdir(), partial]:
@@ -128,8 +129,7 @@ def load_checkpoint(
         raise FileNotFoundError(msg)
     _load_strictly(model, load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
     if average is not None:
-        averages = load_file(folder / AVERAGE_FILE)
-        _load_strictly(average.module, averages | dict(model.named_buffers()), folder / AVERAGE_FILE)
+        _load_strictly(average, load_file(folder / AVERAGE_FILE), folder / AVERAGE_FILE)
     moments = load_file(folder / OPTIMIZER_FILE)
     for name, parameter in model.named_parameters():
         lacking = [moment for moment in MOMENTS if f"{name}/{moment}" not in moments]

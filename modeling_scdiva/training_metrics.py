@@ -1,12 +1,12 @@
 """What a training run says of itself: losses by diffusion time, speed, and the share of the hardware's peak.
 
-FLOPs of one cell, multiply-add = 2, forward and backward = 3 x forward, with S positions, m masked genes, width D,
-inner width F, V tokens:
+FLOPs of one cell, multiply-add = 2, forward and backward = 3 x forward, with S positions, m masked genes,
+width D, inner width F, V tokens:
 
-    forward = layers * (8 S D^2 + 4 S^2 D + 6 S D F) + 2 S D^2 + m (4 D^2 + 2 D V)
+    forward = layers * (8 S D^2 + 4 S^2 D + 6 S D F) + 2 S D^2 + 2 h S D^2 + m (2 D^2 + 2 D V)
 
-(projections, attention, SwiGLU; value encoder; value head and gene transform, gene head). Only real positions count,
-so padding shows as a lower MFU.
+(projections, attention, SwiGLU; value encoder; value head, h = 2 if it reads the gene, else 1; gene head). Only real positions
+count, so padding shows as a lower MFU.
 """
 
 import time
@@ -37,7 +37,8 @@ class LossMeter:
         self._reset()
 
     def _reset(self) -> None:
-        # Rows: gene loss, expression loss, weighted total, cells; columns: time bins. Float64: sums over many cells.
+        # Rows: gene loss, expression loss, weighted total, cells; columns: time bins. Float64: sums over many
+        # cells.
         self._sums = torch.zeros(4, N_TIME_BINS, dtype=torch.float64)
 
     @torch.no_grad()
@@ -48,7 +49,7 @@ class LossMeter:
             outputs: Of the model, with ``cell_gene_loss`` and ``cell_expression_loss`` (B,).
             timestep: (B,) diffusion times in (0, 1].
         """
-        bins = (timestep.cpu().double() * N_TIME_BINS).ceil().long().clamp(1, N_TIME_BINS) - 1
+        bins = (timestep.cpu().float() * N_TIME_BINS).ceil().long().clamp(1, N_TIME_BINS) - 1
         gene, expression = outputs.cell_gene_loss.cpu().double(), outputs.cell_expression_loss.cpu().double()
         self._weight = outputs.expression_loss_weight if hasattr(outputs, "expression_loss_weight") else None
         self._sums[0].index_add_(0, bins, gene)
@@ -95,8 +96,9 @@ def train_flops(config: ScDivaConfig, lengths: torch.Tensor, n_masked: int) -> f
     width, inner = config.hidden_size, config.intermediate_size
     positions, squares = float(lengths.sum()), float(lengths.double().square().sum())
     layer = (8 * width**2 + 6 * width * inner) * positions + 4 * width * squares
-    heads = n_masked * (4 * width**2 + 2 * width * config.vocab_size)
-    return 3.0 * (config.num_hidden_layers * layer + 2 * width**2 * positions + heads)
+    value_parts = 3 if config.value_head == "gene" else 2  # encoder and head
+    genes = n_masked * (2 * width**2 + 2 * width * config.vocab_size)
+    return 3.0 * (config.num_hidden_layers * layer + 2 * value_parts * width**2 * positions + genes)
 
 
 class SpeedMeter:
@@ -143,7 +145,8 @@ class SpeedMeter:
         """Return the speeds since the last call and start anew.
 
         Returns:
-            ``cells_per_s`` and ``tokens_per_s`` of the whole run, ``mfu`` and ``data_wait_fraction`` of one process.
+            ``cells_per_s`` and ``tokens_per_s`` of the whole run, ``mfu`` and ``data_wait_fraction`` of one
+            process.
         """
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         counted = torch.tensor([self._cells, self._tokens, self._flops], dtype=torch.float64)

@@ -55,10 +55,8 @@ def join_blocks(counts: Counts):
             cell = slice(block.indptr[i], block.indptr[i + 1])
             assert (np.diff(block.indices[cell]) > 0).all()
             dense[block.start + i, block.indices[cell]] = block.data[cell]
-        np.testing.assert_array_equal(
-            block.row_sums(),
-            [block.data[a:b].sum() for a, b in zip(block.indptr, block.indptr[1:], strict=False)],
-        )
+        sums = [block.data[a:b].sum() for a, b in zip(block.indptr, block.indptr[1:], strict=False)]
+        np.testing.assert_allclose(block.row_sums(), sums, rtol=1e-6)
         next_cell += block.n_cells
     assert next_cell == counts.n_cells
     return dense
@@ -91,9 +89,12 @@ CONTAINERS = {
 DTYPES = [np.int8, np.uint16, np.int64, np.uint64, np.float16, np.float32, np.float64]
 
 
+@pytest.mark.filterwarnings("ignore:.*matrix:PendingDeprecationWarning", "ignore:.*np.matrix")
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parity_over_containers_and_dtypes(container, dtype):
+    if dtype is np.float16 and container not in {"dense", "fortran", "matrix"}:
+        pytest.skip("SciPy has no sparse float16")
     expected = np.minimum(make_counts(), 127)
     adata = make_adata(np.zeros(expected.shape))
     adata.layers["counts"] = CONTAINERS[container](expected.astype(dtype))
@@ -369,8 +370,9 @@ def test_all_zero_and_single_gene_are_counts():
 
 def test_sparse_is_never_densified():
     # Dense, this would take 80 GB.
-    matrix = sp.random(100_000, 100_000, density=1e-6, format="csr", random_state=0)
-    matrix.data = np.ceil(matrix.data * 9)
+    rng = np.random.default_rng(0)
+    cells, genes = rng.integers(0, 100_000, (2, 10_000))
+    matrix = sp.csr_matrix((rng.integers(1, 9, 10_000), (cells, genes)), shape=(100_000, 100_000))
     counts = read_counts(ad.AnnData(matrix), block_size=50_000)
     assert counts.gene_totals().sum() == matrix.data.sum()
 

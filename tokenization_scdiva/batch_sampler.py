@@ -1,8 +1,8 @@
 """Which cells make up which training batch, as a pure function of (seed, epoch, batch).
 
-Batches are global: with W processes, process r takes every W-th cell of each, so that the run sees the same cells
-with the same corruption at any world size. Cells of similar length share a batch (megabatches of 50 batches are
-sorted by length), which saves most padding without losing the shuffle.
+Batches are global: with W processes, process r takes every W-th cell of each, so that the run sees the same
+cells with the same corruption at any world size. Cells of similar length share a batch (megabatches of 50
+batches are sorted by length), which saves most padding without losing the shuffle.
 """
 
 from collections.abc import Iterator
@@ -23,12 +23,13 @@ class CellBatchSampler(Sampler[list[CellDraw]]):
         batch_size: Cells of a global batch, over all processes.
         max_genes: Longer cells count as this long.
         seed: Another seed, another order.
-        rank: This process.
+        rank: This process, from 0.
         world_size: Number of processes; divides ``batch_size``.
         shuffle: False keeps the order and one fixed set of times, for evaluation.
 
     Raises:
-        ValueError: If the batch cannot be shared out evenly, or there are fewer cells than one batch.
+        ValueError: If there is no such process, if the batch is empty or cannot be shared out evenly, or if
+            there are fewer cells than one batch.
     """
 
     def __init__(
@@ -42,7 +43,10 @@ class CellBatchSampler(Sampler[list[CellDraw]]):
         world_size: int = 1,
         shuffle: bool = True,
     ) -> None:
-        if batch_size % world_size:
+        if not 0 <= rank < world_size:
+            msg = f"rank must lie in [0, {world_size}), the number of processes, got {rank}."
+            raise ValueError(msg)
+        if batch_size < 1 or batch_size % world_size:
             msg = f"A global batch of {batch_size} cells cannot be shared evenly by {world_size} processes."
             raise ValueError(msg)
         if shuffle and len(n_genes) < batch_size:
@@ -64,7 +68,7 @@ class CellBatchSampler(Sampler[list[CellDraw]]):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Global batches of one epoch; the cells of an incomplete last one wait for the next epoch's shuffle."""
+        """Global batches of an epoch; cells of an incomplete last one wait for the next epoch's shuffle."""
         n_cells = len(self.lengths)
         return n_cells // self.batch_size if self.shuffle else -(-n_cells // self.batch_size)
 
@@ -88,7 +92,7 @@ class CellBatchSampler(Sampler[list[CellDraw]]):
         return np.random.default_rng([self.seed, self.epoch, stream])
 
     def _shuffled_batches(self) -> np.ndarray:
-        """(batches, batch_size) cells: shuffled, sorted by length within megabatches, batches shuffled again."""
+        """(batches, batch_size) shuffled cells, sorted by length in megabatches, batches shuffled again."""
         rng = self._rng(0)
         n_batches = self.batches_per_epoch
         cells = rng.permutation(len(self.lengths))[: n_batches * self.batch_size]

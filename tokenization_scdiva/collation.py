@@ -1,7 +1,8 @@
 """The collator: corrupt depth, rank, cut, pad, draw the diffusion time, mask (METHOD: "Forward process").
 
-Everything is done on the flat arrays of a whole batch. Every random number is a hash of (seed, epoch, cell, place),
-so a cell gets the same corruption at any world size, with any number of loader workers and after a resume.
+Everything is done on the flat arrays of a whole batch. Every random number is a hash of (seed, epoch, cell,
+place), so a cell gets the same corruption at any world size, with any number of loader workers and after a
+resume.
 
 Dimensions: B cells, T gene tokens of all cells together, S positions, V vocabulary.
 """
@@ -65,10 +66,10 @@ class ScDivaDataCollator:
         mask_token_id: Id of a hidden gene.
         pad_token_id: Id of a pad.
         seed: Another seed, another corruption of every cell.
-        masking_target: ``joint`` hides gene and value, ``expression`` the value of a known gene, ``gene`` the gene
-            with its value in sight.
-        depth_corruption: ``scale`` multiplies the values of a cell (before log1p), ``thin`` draws its molecules
-            anew and ranks again, ``none`` leaves it. Targets always stay those of the clean cell.
+        masking_target: ``joint`` hides gene and value, ``expression`` the value of a known gene, ``gene`` the
+            gene with its value in sight.
+        depth_corruption: ``scale`` multiplies the values of a cell (before log1p), ``thin`` draws its
+            molecules anew and ranks again, ``none`` leaves it. Targets always stay those of the clean cell.
         depth_probability: Share of cells whose depth is corrupted.
         depth_range: Ends of the log-uniform law of the kept share of depth.
         pad_to_multiple_of: Round the width of a batch up, for compiled or tensor-core runs.
@@ -92,6 +93,7 @@ class ScDivaDataCollator:
         for name, value, allowed in (
             ("masking_target", self.masking_target, ("joint", "expression", "gene")),
             ("depth_corruption", self.depth_corruption, ("none", "scale", "thin")),
+            ("gene_order", self.gene_order, ("entropy", "expression", "random")),
         ):
             if value not in allowed:
                 msg = f"{name} must be one of {', '.join(allowed)}, got {value!r}."
@@ -128,25 +130,22 @@ class ScDivaDataCollator:
         return cls(**(defaults | settings))
 
     def __call__(self, batch: CellBatch) -> dict[str, torch.Tensor]:
-        """Corrupt and mask one batch.
+        """Corrupt and mask one batch; thinning refuses cells without raw counts.
 
         Args:
             batch: What `CellCorpus.__getitems__` returns.
 
         Returns:
             ``input_ids``, ``expression_values``, ``is_masked``, ``labels`` and ``expression_labels`` (B, S),
-            ``timestep`` (B,), and ``attention_mask`` (B, S) where anything is padded. ``labels`` is -100 wherever
-            no gene is to be predicted; ``expression_labels`` are the clean values.
-
-        Raises:
-            ValueError: If thinning is asked of cells without raw counts.
+            ``timestep`` (B,), and ``attention_mask`` (B, S) where anything is padded. ``labels`` is -100
+            wherever no gene is to be predicted; ``expression_labels`` are the clean values.
         """
         # 1. One hash per cell stands for all its random numbers.
         cell_seed = self._cell_seed(batch.draws)  # (B,)
         # 2. Depth: the network sees `seen`, the targets are `clean`.
         clean, seen = self._corrupt_depth(batch.cells, cell_seed)  # FlatCells; (T,)
         # 3. Diffusion time, stratified over the loader batch, and one coin per gene.
-        strata, n_strata = batch.draws[:, 2], batch.draws[:, 3]
+        strata, n_strata = batch.draws[:, 2], int(batch.draws[0, 3])
         timestep = stratified_timesteps(_uniform(cell_seed, TIME_STREAM), strata, n_strata)  # (B,)
         lengths = clean.n_genes
         places = np.arange(len(clean.token_ids)) - np.repeat(clean.offsets[:-1], lengths)
@@ -169,13 +168,15 @@ class ScDivaDataCollator:
         }  # each (B, S)
         width = inputs["input_ids"].shape[1]
         if (lengths + 1 < width).any():
-            inputs["attention_mask"] = torch.from_numpy((np.arange(width) <= lengths[:, None]).astype(np.int64))
+            inputs["attention_mask"] = torch.from_numpy(
+                (np.arange(width) <= lengths[:, None]).astype(np.int64)
+            )
         inputs["timestep"] = torch.from_numpy(timestep.astype(np.float32))
         return inputs
 
     def _cell_seed(self, draws: np.ndarray) -> np.ndarray:
         cells, epochs = draws[:, 0].astype(np.uint64), draws[:, 1].astype(np.uint64)
-        return splitmix64(splitmix64(splitmix64(np.uint64(self.seed)) + epochs) + cells)
+        return splitmix64(splitmix64(splitmix64(np.array(self.seed, np.uint64)) + epochs) + cells)
 
     def _corrupt_depth(self, cells: FlatCells, cell_seed: np.ndarray) -> tuple[FlatCells, np.ndarray]:
         is_shallow = _uniform(cell_seed, COIN_STREAM) < self.depth_probability
@@ -207,17 +208,20 @@ class ScDivaDataCollator:
             rng = np.random.Generator(np.random.Philox(key=int(cell_seed[cell] ^ THINNING_STREAM)))
             genes = slice(cells.offsets[cell], cells.offsets[cell + 1])
             thinned = thin_counts(counts[genes], kept_share[cell], rng)
-            others = int(library_size[cell] - counts[genes].sum())  # molecules of genes outside the vocabulary
+            outside = int(library_size[cell] - counts[genes].sum())  # in genes that the corpus lacks
             if thinned.any():  # a cell that would lose its last gene stays as it is
-                library_size[cell] = thinned.sum() + rng.binomial(max(others, 0), kept_share[cell])
+                library_size[cell] = thinned.sum() + rng.binomial(max(outside, 0), kept_share[cell])
                 counts[genes] = thinned
         values = normalise_counts(counts, np.repeat(library_size, cells.n_genes), self.target_sum)
         # Ranked by the thinned values; the clean value of each gene travels along in the place of its count.
-        shallow = select_genes(cells._replace(values=values, counts=cells.values), counts > 0)
+        both = FlatCells(cells.offsets, cells.token_ids, values, cells.values, None)
         ranked = rank_cells(
-            shallow, gene_order=self.gene_order, ranking_weights=self.ranking_weights, max_genes=self.max_genes
+            select_genes(both, counts > 0),
+            gene_order=self.gene_order,
+            ranking_weights=self.ranking_weights,
+            max_genes=self.max_genes,
         )
-        return ranked._replace(values=ranked.counts, counts=None), ranked.values
+        return FlatCells(ranked.offsets, ranked.token_ids, ranked.counts, None, None), ranked.values  # type: ignore[arg-type]
 
     def _pad(self, offsets: np.ndarray, flat: np.ndarray, *, first: float, fill: float) -> torch.Tensor:
         padded = pad_cells(offsets, flat, first=first, fill=fill, multiple=self.pad_to_multiple_of)

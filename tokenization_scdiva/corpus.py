@@ -1,9 +1,10 @@
 """The Arrow corpus: its schema, its manifest, and reading it at training time.
 
-A corpus is a folder of Arrow stream files in the layout that the `datasets` library memory-maps, one pair of files
-(train, validation) per shard, beside one `manifest.json`. A row is a cell: all its vocabulary genes in ranking order
-with their raw counts, so that the uncorrupted cell needs no sort at training time and thinning still finds the genes
-below the cut. Batches are fetched as Arrow tables by a list of indices; no Python object per cell or gene.
+A corpus is a folder of Arrow stream files in the layout that the `datasets` library memory-maps, one pair of
+files (train, validation) per shard, beside one `manifest.json`. A row is a cell: all its vocabulary genes in
+ranking order with their raw counts, so that the uncorrupted cell needs no sort at training time and thinning
+still finds the genes below the cut. Batches are fetched as Arrow tables by a list of indices; no Python
+object per cell or gene.
 
 Dimensions: N cells of a split, B cells of a batch, T gene tokens of a batch.
 """
@@ -18,6 +19,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch.utils.data import Dataset as TorchDataset
 
+from tokenization_scdiva.files import file_sha256
 from tokenization_scdiva.ranking_scdiva import FlatCells, normalise_counts
 
 CORPUS_FORMAT = "scdiva-corpus"
@@ -26,9 +28,13 @@ MANIFEST_FILE = "manifest.json"
 SPLITS = ("train", "validation")
 # Token ids and counts fit 16 bits in nearly all corpora: 4 bytes per stored gene.
 MAX_UINT16 = 2**16 - 1
+# Splits up to this size are compared with their hashes when opened (seconds), larger ones by size only.
+HASHED_BYTES = 2 * 2**30
 
 
-def corpus_features(*, value_kind: str, vocab_size: int, count_dtype: str, obs_keys: Sequence[str]) -> Features:
+def corpus_features(
+    *, value_kind: str, vocab_size: int, count_dtype: str, obs_keys: Sequence[str]
+) -> Features:
     """Return the schema of a corpus.
 
     Args:
@@ -38,8 +44,8 @@ def corpus_features(*, value_kind: str, vocab_size: int, count_dtype: str, obs_k
         obs_keys: Columns of ``obs`` that are kept, as text.
 
     Returns:
-        Features: ``gene_ids``, then ``counts`` and ``library_size`` or ``expression_values``, then ``dataset_id``,
-        ``cell_index`` (row in its file) and the ``obs`` columns.
+        Features: ``gene_ids``, then ``counts`` and ``library_size`` or ``expression_values``, then
+        ``dataset_id``, ``cell_index`` (row in its file) and the ``obs`` columns.
     """
     token_type = "uint16" if vocab_size <= MAX_UINT16 + 1 else "uint32"
     columns: dict[str, Any] = {"gene_ids": List(Value(token_type))}
@@ -81,19 +87,23 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST_FILE
     if not path.exists():
         msg = (
-            f"{path} does not exist: {folder} is no corpus, or its building was interrupted. Run data/build_corpus.py "
-            "again with the same arguments; it goes on where it stopped."
+            f"{path} does not exist: {folder} is no corpus, or its building was interrupted. Run "
+            "data/build_corpus.py again with the same arguments; it goes on where it stopped."
         )
         raise FileNotFoundError(msg)
     try:
         manifest = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
-        msg = f"{path} is damaged ({error}). Delete it and run data/build_corpus.py again with the same arguments."
+        msg = (
+            f"{path} is damaged ({error}). Delete it and run data/build_corpus.py again with the same "
+            "arguments."
+        )
         raise ValueError(msg) from error
     found = (manifest.get("format"), manifest.get("format_version"))
     if found != (CORPUS_FORMAT, CORPUS_FORMAT_VERSION):
         msg = (
-            f"{path} is of format {found}, wanted {(CORPUS_FORMAT, CORPUS_FORMAT_VERSION)}. Build the corpus again."
+            f"{path} is of format {found}, wanted {(CORPUS_FORMAT, CORPUS_FORMAT_VERSION)}. Build the "
+            "corpus again."
         )
         raise ValueError(msg)
     return manifest
@@ -137,8 +147,8 @@ class CellCorpus(TorchDataset[CellBatch]):
 
     Raises:
         FileNotFoundError: If the corpus or a shard is missing.
-        ValueError: If the corpus was made with another vocabulary or other settings, a shard is not whole, or the
-            split is empty.
+        ValueError: If the corpus was made with another vocabulary or other settings, a shard is not whole or
+            not what was written, or the split is unknown or empty.
     """
 
     def __init__(self, folder: str | Path, split: str, *, ranking_settings: Mapping[str, Any]) -> None:
@@ -147,11 +157,20 @@ class CellCorpus(TorchDataset[CellBatch]):
         self.target_sum = float(self.manifest["ranking"]["target_sum"])
         self.value_kind: str = self.manifest["value_kind"]
         _check_ranking(self.folder, self.manifest["ranking"], ranking_settings)
+        if split not in SPLITS:
+            msg = f"split must be one of {', '.join(SPLITS)}, got {split!r}."
+            raise ValueError(msg)
         shards = [shard for shard in self.manifest["splits"][split]["shards"] if shard["n_cells"]]
         if not shards:
-            msg = f"The split {split!r} of {folder} holds no cell; build the corpus with a validation split."
+            msg = (
+                f"The split {split!r} of {folder} holds no cell. Build the corpus with another "
+                "validation_fraction or validation_key."
+            )
             raise ValueError(msg)
-        rows = concatenate_datasets([_open_shard(self.folder, shard) for shard in shards])
+        is_hashed = sum(shard["n_bytes"] for shard in shards) <= HASHED_BYTES
+        rows = concatenate_datasets(
+            [_open_shard(self.folder, shard, is_hashed=is_hashed) for shard in shards]
+        )
         self._rows = rows.with_format("arrow")
         self.n_genes = _list_lengths(rows.data.column("gene_ids"))
 
@@ -161,7 +180,7 @@ class CellCorpus(TorchDataset[CellBatch]):
     def __getitem__(self, draw: int | CellDraw) -> CellBatch:
         return self.__getitems__([draw])
 
-    def __getitems__(self, draws: Sequence[int] | Sequence[CellDraw]) -> CellBatch:
+    def __getitems__(self, draws: Sequence[int | CellDraw]) -> CellBatch:
         """Fetch a batch: the call `DataLoader` makes with all indices of a batch at once."""
         keys = np.array(
             [CellDraw(draw) if isinstance(draw, int | np.integer) else draw for draw in draws], dtype=np.int64
@@ -197,25 +216,28 @@ class CellCorpus(TorchDataset[CellBatch]):
 def _check_ranking(folder: Path, corpus: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> None:
     differing = [name for name in corpus if corpus[name] != tokenizer[name]]
     if differing:
-        details = ", ".join(f"{name}: corpus {corpus[name]}, tokenizer {tokenizer[name]}" for name in differing)
+        details = ", ".join(
+            f"{name}: corpus {corpus[name]}, tokenizer {tokenizer[name]}" for name in differing
+        )
         msg = (
-            f"The corpus {folder} was built with another tokenizer ({details}). Use the tokenizer it was built with, "
-            "or build the corpus again with this one."
+            f"The corpus {folder} was built with another tokenizer ({details}). Use the tokenizer it was "
+            "built with, or build the corpus again with this one."
         )
         raise ValueError(msg)
 
 
-def _open_shard(folder: Path, shard: Mapping[str, Any]) -> Dataset:
+def _open_shard(folder: Path, shard: Mapping[str, Any], *, is_hashed: bool) -> Dataset:
     path = folder / shard["file"]
+    repair = "Run data/build_corpus.py again with the same arguments to rebuild it."
     if not path.exists():
-        msg = f"The shard {path} is missing. Run data/build_corpus.py again with the same arguments to rebuild it."
+        msg = f"The shard {path} is missing. {repair}"
         raise FileNotFoundError(msg)
     size = path.stat().st_size
     if size != shard["n_bytes"]:
-        msg = (
-            f"The shard {path} has {size:,} bytes and should have {shard['n_bytes']:,}. Delete it and run "
-            "data/build_corpus.py again with the same arguments to rebuild it."
-        )
+        msg = f"The shard {path} has {size:,} bytes and should have {shard['n_bytes']:,}. {repair}"
+        raise ValueError(msg)
+    if is_hashed and file_sha256(path) != shard["sha256"]:
+        msg = f"The shard {path} does not hold what was written (SHA-256 mismatch). {repair}"
         raise ValueError(msg)
     return Dataset.from_file(str(path))
 

@@ -1,19 +1,23 @@
 """From files of cells to an Arrow corpus, in constant memory, restartable, shard by shard.
 
-Where a cell goes (split, shard, place in the shard) is a hash of the seed, its data set's name and its row, and of
-nothing else. So cells of all files are shuffled across shards, a shard built alone has the same bytes as one built
-with all others, and a second build gives the same bytes as the first.
+Where a cell goes (split, shard, place in the shard) is a hash of the seed, its data set's name and its row,
+and of nothing else. So cells of all files are shuffled across shards, a shard built alone has the same bytes
+as one built with all others, and a second build gives the same bytes as the first.
 
-Two passes: every input file becomes a *part* (its ranked cells in file order); then every shard gathers its rows
-from the memory-mapped parts in shuffled order. Parts and shards take their final names only when whole, and what is
-finished is not made again. Parts need as much disk as the shards being built, until these are done.
+Two passes: every input file becomes a *part* (its ranked cells in file order); then every shard gathers its
+rows from the memory-mapped parts in shuffled order. Parts and shards take their final names only when whole,
+and what is finished is not made again. Parts need as much disk as the shards being built, until these are
+done. Memory holds 13 bytes a cell for the shuffle, and else one block of cells.
+
+A finished corpus knows its input files by name and size: after changing a file in place, build into another
+folder.
 """
 
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from typing import Any
 import anndata
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, Features, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
@@ -33,70 +37,35 @@ from tokenization_scdiva.corpus import (
     corpus_features,
     shard_name,
 )
+from tokenization_scdiva.corpus_plan import (
+    ROUTE_COLUMNS,
+    CorpusSettings,
+    cell_routes,
+    check_obs_keys,
+    held_out_groups,
+    outline_file,
+)
 from tokenization_scdiva.counts_scdiva import read_counts
-from tokenization_scdiva.files import atomic_path, errors_name, file_sha256, open_cells, write_json
+from tokenization_scdiva.files import (
+    atomic_path,
+    errors_name,
+    file_sha256,
+    open_cells,
+    remove_partials,
+    write_json,
+)
 from tokenization_scdiva.genes_scdiva import check_count_overlap
-from tokenization_scdiva.ranking_scdiva import FlatCells, rank_cells, select_cells, splitmix64
-from tokenization_scdiva.tokenization_scdiva import ScDivaTokenizer, iter_flat_cells
+from tokenization_scdiva.ranking_scdiva import (
+    FlatCells,
+    iter_flat_cells,
+    rank_cells,
+    select_cells,
+)
+from tokenization_scdiva.tokenization_scdiva import ScDivaTokenizer
 
 logger = logging.getLogger(__name__)
 
 ROWS_PER_WRITE = 1000
-# Columns of a part that say where its rows go; they do not reach the shards.
-ROUTE_COLUMNS = {"shard": Value("uint32"), "is_validation": Value("bool"), "order": Value("uint64")}
-DATASET_ID_KEY = "dataset_id"
-
-
-@dataclass(frozen=True)
-class CorpusSettings:
-    """What decides the content of a corpus, beside its files and its tokenizer.
-
-    Attributes:
-        n_shards: Shards per split.
-        seed: Of the shuffle and the split.
-        validation_fraction: Share of cells, or of groups of ``validation_key``, that are held out.
-        validation_key: Column of ``obs`` whose groups are held out whole (a donor); ``dataset_id`` holds out files.
-        validation_values: Groups to hold out; empty draws ``validation_fraction`` of them.
-        obs_keys: Columns of ``obs`` to keep, as text; null for a file without the column.
-        layer: Layer with the counts; default see `read_counts`.
-        gene_id_key: Column of ``var`` with gene ids; default all known ones.
-        expression_is_log1p: The files hold log1p values; stored as float16.
-        count_dtype: ``uint16``, or ``uint32`` for files with more than 65,535 molecules of a gene in a cell.
-        min_genes: Cells with fewer vocabulary genes are dropped and counted.
-        min_gene_overlap: Least share of genes that must be known in each file.
-        min_count_overlap: Least share of molecules in known genes in each file.
-    """
-
-    n_shards: int = 1
-    seed: int = 0
-    validation_fraction: float = 0.1
-    validation_key: str | None = None
-    validation_values: tuple[str, ...] = ()
-    obs_keys: tuple[str, ...] = ()
-    layer: str | None = None
-    gene_id_key: str | None = None
-    expression_is_log1p: bool = False
-    count_dtype: str = "uint16"
-    min_genes: int = 1
-    min_gene_overlap: float = 0.1
-    min_count_overlap: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.n_shards < 1:
-            msg = f"n_shards must be at least 1, got {self.n_shards}."
-            raise ValueError(msg)
-        if not 0.0 <= self.validation_fraction < 1.0:
-            msg = f"validation_fraction must lie in [0, 1), got {self.validation_fraction}."
-            raise ValueError(msg)
-        if self.validation_values and self.validation_key is None:
-            msg = "validation_values names groups; say of which column with validation_key."
-            raise ValueError(msg)
-        if self.count_dtype not in ("uint16", "uint32"):
-            msg = f"count_dtype must be 'uint16' or 'uint32', got {self.count_dtype!r}."
-            raise ValueError(msg)
-        if self.min_genes < 1:
-            msg = f"min_genes must be at least 1, got {self.min_genes}; a cell without genes teaches nothing."
-            raise ValueError(msg)
 
 
 def build_corpus(
@@ -122,34 +91,40 @@ def build_corpus(
         The manifest if the corpus is now whole, else None: other shards are still to be built.
 
     Raises:
-        KeyError: If an ``obs`` column is in none of the files, or the validation column not in all.
-        ValueError: If the folder holds a corpus of other arguments, or a file is refused (the message names it).
+        ValueError: If there is no such shard, or the folder holds a corpus of other arguments. A file that
+            is damaged or refused raises what its reader raises, with its path in the message.
     """
     output = Path(output)
-    wanted = range(settings.n_shards) if shards is None else shards
+    wanted = range(settings.n_shards) if shards is None else sorted(set(shards))
     if any(not 0 <= shard < settings.n_shards for shard in wanted):
         msg = f"Shards must lie in [0, {settings.n_shards}), got {list(wanted)}."
         raise ValueError(msg)
     build = _build_identity(files, tokenizer, settings)
     missing = [shard for shard in wanted if not _shard_is_finished(output, shard, settings.n_shards, build)]
     if missing:
-        _check_obs_keys(files, settings)
-        # All wanted shards, not only the missing ones, so that parts survive an interruption between two shards.
+        outlines = {name: outline_file(name, path, settings.validation_key) for name, path in files.items()}
+        check_obs_keys(outlines, settings)
+        held_out = held_out_groups(outlines, settings)
+        # All wanted shards, not only the missing ones: parts survive an interruption between two shards.
         label = hashlib.sha256(json.dumps([build["hash"], list(wanted)]).encode()).hexdigest()[:16]
-        parts_folder = output / f".parts-{label}"
-        n_cells = {name: _n_cells(path) for name, path in files.items()}
-        bar = tqdm(total=sum(n_cells.values()), unit=" cells", desc="tokenize", disable=not show_progress)
-        reports = []
-        for dataset_id, (name, path) in enumerate(files.items()):
-            part = _Part(parts_folder, name, dataset_id, path, frozenset(wanted))
-            reports.append(part.make(tokenizer, settings, bar))
-        bar.close()
-        rows = _open_parts(parts_folder, reports)
+        folder = output / f".parts-{label}"
+        n_cells = sum(outline.n_cells for outline in outlines.values())
+        with tqdm(total=n_cells, unit=" cells", desc="tokenize", disable=not show_progress) as bar:
+            reports = [
+                _Part(folder, name, i, path, frozenset(wanted), held_out).make(tokenizer, settings, bar)
+                for i, (name, path) in enumerate(files.items())
+            ]
+        parts = _Parts.open(folder, reports)
+        features = _features(build["value_kind"], settings, len(tokenizer.vocabulary))
         for shard in tqdm(missing, unit=" shards", desc="shuffle", disable=not show_progress):
-            _write_shard(output, shard, rows, reports, build, settings, len(tokenizer.vocabulary))
-        del rows
-        shutil.rmtree(parts_folder)
-    return _write_manifest(output, build, settings)
+            _write_shard(output, shard, parts, build, settings, features)
+        del parts
+        shutil.rmtree(folder, ignore_errors=True)
+    manifest = _write_manifest(output, build, settings)
+    if manifest is not None:
+        for leftover in output.glob(".parts-*"):  # of interrupted builds of other shards
+            shutil.rmtree(leftover, ignore_errors=True)
+    return manifest
 
 
 def _build_identity(
@@ -162,7 +137,9 @@ def _build_identity(
         "ranking": tokenizer.ranking_settings,
         "settings": asdict(settings) | {"validation_values": list(settings.validation_values)},
         "value_kind": "log1p" if settings.expression_is_log1p else "counts",
-        "files": {name: [path.name, path.stat().st_size if path.is_file() else 0] for name, path in files.items()},
+        "files": {
+            name: [path.name, path.stat().st_size if path.is_file() else 0] for name, path in files.items()
+        },
     }
     text = json.dumps(identity, sort_keys=True)
     return identity | {"hash": hashlib.sha256(text.encode()).hexdigest()}
@@ -177,40 +154,25 @@ def _shard_is_finished(output: Path, shard: int, n_shards: int, build: Mapping[s
     if not path.exists():
         others = sorted(output.glob("shard-*.json")) if output.exists() else []
         if others and f"-of-{n_shards:05d}.json" not in others[0].name:
-            msg = f"{output} holds shards of another number ({others[0].name}). Choose another folder or delete it."
+            msg = (
+                f"{output} holds shards of another number ({others[0].name}). Choose another folder or "
+                "delete it."
+            )
             raise ValueError(msg)
         return False
     sidecar = json.loads(path.read_text("utf-8"))
     if sidecar["build_hash"] != build["hash"]:
         msg = (
-            f"{output} holds a corpus built from other files, another tokenizer or other settings ({path.name} says "
-            f"{sidecar['build_hash'][:12]}, now {build['hash'][:12]}). Choose another folder or delete this one."
+            f"{output} holds a corpus built from other files, another tokenizer or other settings "
+            f"({path.name} says {sidecar['build_hash'][:12]}, now {build['hash'][:12]}). Choose another "
+            "folder or delete this one."
         )
         raise ValueError(msg)
-    files = [(output / entry["file"], entry["n_bytes"]) for entry in sidecar["shards"].values()]
-    return all(file.exists() and file.stat().st_size == n_bytes for file, n_bytes in files)
-
-
-def _n_cells(path: Path) -> int:
-    with open_cells(path) as adata:
-        return adata.n_obs
-
-
-def _check_obs_keys(files: Mapping[str, Path], settings: CorpusSettings) -> None:
-    columns: dict[str, list[str]] = {}
-    for name, path in files.items():
-        with open_cells(path) as adata:
-            columns[name] = [str(column) for column in adata.obs.columns]
-    everywhere = sorted({column for present in columns.values() for column in present})
-    for key in settings.obs_keys:
-        if key not in everywhere:
-            msg = f"No file has the obs column {key!r}. Columns there are: {', '.join(everywhere)}."
-            raise KeyError(msg)
-    key = settings.validation_key
-    lacking = [name for name, present in columns.items() if key not in present]
-    if key not in (None, DATASET_ID_KEY) and lacking:
-        msg = f"The validation column {key!r} is missing in {lacking[0]!r}, which has: {', '.join(columns[lacking[0]])}."
-        raise KeyError(msg)
+    files = [(output / entry["file"], entry) for entry in sidecar["shards"].values()]
+    return all(
+        file.exists() and file.stat().st_size == entry["n_bytes"] and file_sha256(file) == entry["sha256"]
+        for file, entry in files
+    )
 
 
 @dataclass(frozen=True)
@@ -222,6 +184,7 @@ class _Part:
     dataset_id: int
     path: Path
     shards: frozenset[int]
+    held_out: tuple[str, ...]
 
     def make(self, tokenizer: ScDivaTokenizer, settings: CorpusSettings, bar: tqdm) -> dict[str, Any]:
         """Tokenize the file unless that is done, and return its report."""
@@ -231,21 +194,31 @@ class _Part:
             bar.update(report["n_cells"])
             return report
         part_path = self.folder / f"{self.name}.arrow"
+        remove_partials(part_path)
         with errors_name(self.path), open_cells(self.path) as adata, atomic_path(part_path) as partial:
             report = self._write(adata, partial, tokenizer, settings, bar)
         write_json(report_path, report)
         return report
 
     def _write(
-        self, adata: anndata.AnnData, partial: Path, tokenizer: ScDivaTokenizer, settings: CorpusSettings, bar: tqdm
+        self,
+        adata: anndata.AnnData,
+        partial: Path,
+        tokenizer: ScDivaTokenizer,
+        settings: CorpusSettings,
+        bar: tqdm,
     ) -> dict[str, Any]:
         counts = read_counts(
-            adata, layer=settings.layer, expression_is_log1p=settings.expression_is_log1p, block_size=ROWS_PER_WRITE
+            adata,
+            layer=settings.layer,
+            expression_is_log1p=settings.expression_is_log1p,
+            block_size=ROWS_PER_WRITE,
         )
         match = tokenizer.match_genes(
             adata, counts, gene_id_key=settings.gene_id_key, min_gene_overlap=settings.min_gene_overlap
         )
-        routes = _routes(self.name, adata, settings)
+        routes = cell_routes(self.name, adata, settings, self.held_out)
+        is_wanted = np.isin(routes["route/shard"], list(self.shards))
         features = _features(counts.kind, settings, len(tokenizer.vocabulary))
         obs = {key: _text_column(adata, key) for key in settings.obs_keys}
         weights, matched, total, n_kept, n_written = tokenizer.ranking_weights, 0.0, 0.0, 0, 0
@@ -258,7 +231,7 @@ class _Part:
                 matched, total = matched + float(amounts.sum(dtype=np.float64)), total + block_total
                 is_kept = cells.n_genes >= settings.min_genes
                 n_kept += int(is_kept.sum())
-                is_kept &= np.isin(routes["shard"][rows], list(self.shards))
+                is_kept &= is_wanted[rows]
                 ranked = rank_cells(
                     select_cells(cells, is_kept),
                     gene_order=tokenizer.gene_order, ranking_weights=weights, max_genes=None,
@@ -281,7 +254,9 @@ class _Part:
             "source": counts.source,
             "n_cells": counts.n_cells,
             "n_cells_kept": n_kept,
-            "n_cells_dropped": {f"fewer than {settings.min_genes} vocabulary genes": n_dropped} if n_dropped else {},
+            "n_cells_dropped": {f"fewer than {settings.min_genes} vocabulary genes": n_dropped}
+            if n_dropped
+            else {},
             "genes": match.report.to_dict(),
             "matched_fraction_of_counts": matched / total if total else 0.0,
             "n_rows": n_written,
@@ -290,7 +265,10 @@ class _Part:
 
 def _features(value_kind: str, settings: CorpusSettings, vocab_size: int) -> Features:
     return corpus_features(
-        value_kind=value_kind, vocab_size=vocab_size, count_dtype=settings.count_dtype, obs_keys=settings.obs_keys
+        value_kind=value_kind,
+        vocab_size=vocab_size,
+        count_dtype=settings.count_dtype,
+        obs_keys=settings.obs_keys,
     )
 
 
@@ -299,39 +277,11 @@ def _text_column(adata: anndata.AnnData, key: str) -> np.ndarray:
     if key not in adata.obs:
         return np.full(adata.n_obs, None, dtype=object)
     column = adata.obs[key].astype(object)
-    return column.where(column.notna(), None).map(lambda entry: entry if entry is None else str(entry)).to_numpy()
-
-
-def _routes(name: str, adata: anndata.AnnData, settings: CorpusSettings) -> dict[str, np.ndarray]:
-    """Say for every cell of a file which split, shard and place it gets, from hashes alone."""
-    cells = splitmix64(np.arange(adata.n_obs, dtype=np.uint64) + _text_hash(f"{settings.seed}/{name}"))
-    shard = (splitmix64(cells ^ np.uint64(1)) >> np.uint64(32)) % np.uint64(settings.n_shards)
-    if settings.validation_key is None:
-        is_validation = _uniform(splitmix64(cells ^ np.uint64(2))) < settings.validation_fraction
-    else:
-        by_file = settings.validation_key == DATASET_ID_KEY
-        groups = np.full(adata.n_obs, name) if by_file else adata.obs[settings.validation_key].astype(str).to_numpy()
-        is_validation = np.isin(groups, _held_out_groups(set(groups), settings))
-    return {
-        "shard": shard.astype(np.uint32),
-        "is_validation": is_validation,
-        "order": splitmix64(cells ^ np.uint64(3)),
-    }
-
-
-def _held_out_groups(groups: Iterable[str], settings: CorpusSettings) -> list[str]:
-    if settings.validation_values:
-        return list(settings.validation_values)
-    hashes = {group: _text_hash(f"{settings.seed}/group/{group}") for group in groups}
-    return [group for group, word in hashes.items() if _uniform(word) < settings.validation_fraction]
-
-
-def _text_hash(text: str) -> np.uint64:
-    return np.uint64(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
-
-
-def _uniform(words: Any) -> Any:
-    return (words >> np.uint64(11)) * 2.0**-53
+    return (
+        column.where(column.notna(), None)
+        .map(lambda entry: entry if entry is None else str(entry))
+        .to_numpy()
+    )
 
 
 def _row_columns(
@@ -349,8 +299,9 @@ def _row_columns(
             entry = int(cells.counts.argmax())
             cell = rows[np.searchsorted(cells.offsets, entry, side="right") - 1]
             msg = (
-                f"The cell {str(obs_names[cell])!r} has {cells.counts[entry]:,} molecules of one gene, more than "
-                f"{settings.count_dtype} holds ({largest:,}). Build this corpus with count_dtype 'uint32'."
+                f"The cell {str(obs_names[cell])!r} has {cells.counts[entry]:,} molecules of one gene, more "
+                f"than {settings.count_dtype} holds ({largest:,}). Build this corpus with count_dtype "
+                "'uint32'."
             )
             raise ValueError(msg)
         columns["counts"] = pa.ListArray.from_arrays(offsets, pa.array(cells.counts))
@@ -360,47 +311,64 @@ def _row_columns(
     return columns
 
 
-def _open_parts(folder: Path, reports: Sequence[Mapping[str, Any]]) -> Dataset | None:
-    files = [folder / f"{report['name']}.arrow" for report in reports if report["n_rows"]]
-    return concatenate_datasets([Dataset.from_file(str(file)) for file in files]) if files else None
+@dataclass(frozen=True)
+class _Parts:
+    """All parts of a build: their rows, memory-mapped, where these go, and the reports of their files."""
+
+    rows: Dataset | None
+    routes: dict[str, np.ndarray]
+    reports: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, folder: Path, reports: list[dict[str, Any]]) -> "_Parts":
+        files = [folder / f"{report['name']}.arrow" for report in reports if report["n_rows"]]
+        if not files:
+            return cls(None, {name: np.empty(0) for name in ROUTE_COLUMNS}, reports)
+        rows = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+        routes = {name: rows.data.column(name).to_numpy() for name in ROUTE_COLUMNS}
+        return cls(rows.with_format("arrow"), routes, reports)
+
+    def rows_of(self, shard: int, *, is_validation: bool) -> np.ndarray:
+        """Rows of one file of a shard, shuffled."""
+        row_shard, row_is_validation, order = self.routes.values()
+        rows = np.flatnonzero((row_shard == shard) & (row_is_validation == is_validation))
+        return rows[np.argsort(order[rows], kind="stable")]
 
 
 def _write_shard(
     output: Path,
     shard: int,
-    rows: Dataset | None,
-    reports: Sequence[Mapping[str, Any]],
+    parts: _Parts,
     build: Mapping[str, Any],
     settings: CorpusSettings,
-    vocab_size: int,
+    features: Features,
 ) -> None:
-    features = _features(build["value_kind"], settings, vocab_size)
-    routes = {name: rows.data.column(name).to_numpy() if rows else np.empty(0) for name in ROUTE_COLUMNS}
     written = {}
     for split in SPLITS:
-        is_here = (routes["shard"] == shard) & (routes["is_validation"] == (split == "validation"))
-        here = np.flatnonzero(is_here)
-        here = here[np.argsort(routes["order"][here], kind="stable")]
+        rows = parts.rows_of(shard, is_validation=split == "validation")
         path = output / shard_name(split, shard, settings.n_shards)
+        remove_partials(path)
         with atomic_path(path) as partial:
             with ArrowWriter(features=features, path=str(partial)) as writer:
-                for start in range(0, len(here), ROWS_PER_WRITE):
-                    indices = here[start : start + ROWS_PER_WRITE].tolist()
-                    table = rows.with_format("arrow")[indices].select(list(features))  # type: ignore[union-attr]
-                    writer.write_table(table.combine_chunks().replace_schema_metadata(None))
-                if len(here) == 0:
+                for start in range(0, len(rows), ROWS_PER_WRITE):
+                    table = parts.rows[rows[start : start + ROWS_PER_WRITE].tolist()]  # type: ignore[index]
+                    table = table.select(list(features)).combine_chunks()
+                    writer.write_table(table.replace_schema_metadata(None))
+                if len(rows) == 0:
                     writer.write_table(features.arrow_schema.empty_table())
                 writer.finalize()
             n_bytes, sha256 = partial.stat().st_size, file_sha256(partial)
-        written[split] = {"file": path.name, "n_cells": len(here), "n_bytes": n_bytes, "sha256": sha256}
-    datasets = [{key: value for key, value in report.items() if key != "n_rows"} for report in reports]
+        written[split] = {"file": path.name, "n_cells": len(rows), "n_bytes": n_bytes, "sha256": sha256}
+    datasets = [{key: value for key, value in report.items() if key != "n_rows"} for report in parts.reports]
     write_json(
         _sidecar(output, shard, settings.n_shards),
         {"build_hash": build["hash"], "shards": written, "datasets": datasets},
     )
 
 
-def _write_manifest(output: Path, build: Mapping[str, Any], settings: CorpusSettings) -> dict[str, Any] | None:
+def _write_manifest(
+    output: Path, build: Mapping[str, Any], settings: CorpusSettings
+) -> dict[str, Any] | None:
     paths = [_sidecar(output, shard, settings.n_shards) for shard in range(settings.n_shards)]
     if not all(path.exists() for path in paths):
         return None

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -19,29 +20,35 @@ def find_cell_files(inputs: Iterable[str | Path]) -> dict[str, Path]:
     """Resolve files, globs and folders to a sorted table of data sets.
 
     Args:
-        inputs: h5ad files, 10x ``.h5`` files, 10x folders (``matrix.mtx[.gz]`` inside), globs, or folders of these.
+        inputs: h5ad files, 10x ``.h5`` files, 10x folders (``matrix.mtx[.gz]`` inside), globs, or folders of
+            these.
 
     Returns:
-        Data set name -> path, sorted by name. The name is the file's stem, with the folder's name before it where
-        two stems are equal.
+        Data set name -> path, sorted by name; a file given twice counts once. The name is the file's stem (a
+        10x folder's whole name), with the folder above before it where two are equal.
 
     Raises:
         FileNotFoundError: If an input matches nothing.
         ValueError: If two different files would still share a name.
     """
-    paths: set[Path] = set()
+    paths: dict[Path, Path] = {}
     for entry in inputs:
-        found = [path for match in sorted(glob.glob(str(entry))) for path in _cell_files_at(Path(match))]  # noqa: PTH207
+        # A path that exists is taken as written: its name may hold characters that mean something in a glob.
+        matches = [str(entry)] if Path(entry).exists() else sorted(glob.glob(str(entry)))  # noqa: PTH207
+        found = [path for match in matches for path in _cell_files_at(Path(match))]
         if not found:
             msg = (
-                f"No cells at {str(entry)!r}: wanted an .h5ad or 10x .h5 file, a 10x folder, or a folder of these."
+                f"No cells at {str(entry)!r}: wanted an .h5ad or 10x .h5 file, a 10x folder, or a folder of "
+                "these."
             )
             raise FileNotFoundError(msg)
-        paths.update(found)
-    stems = [path.stem for path in paths]
+        for path in found:
+            paths.setdefault(path.resolve(), path.absolute())
+    stems = [_dataset_name(path) for path in paths.values()]
     named: dict[str, Path] = {}
-    for path in sorted(paths):
-        name = path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}_{path.stem}"
+    for path in sorted(paths.values()):
+        stem = _dataset_name(path)
+        name = stem if stems.count(stem) == 1 else f"{path.parent.name}_{stem}"
         if name in named:
             msg = f"{named[name]} and {path} would both be called {name!r}; rename one of them."
             raise ValueError(msg)
@@ -49,15 +56,20 @@ def find_cell_files(inputs: Iterable[str | Path]) -> dict[str, Path]:
     return dict(sorted(named.items()))
 
 
-def _cell_files_at(path: Path) -> list[Path]:
+def _dataset_name(path: Path) -> str:
+    return path.stem if path.suffix in CELL_FILE_ENDINGS else path.name
+
+
+def _is_cells(path: Path) -> bool:
     if path.is_file():
-        return [path] if path.suffix in CELL_FILE_ENDINGS else []
-    if any((path / name).exists() for name in MTX_NAMES):
-        return [path]
-    inside = sorted(child for child in path.iterdir() if child.suffix in CELL_FILE_ENDINGS and child.is_file())
-    return inside + sorted(
-        child for child in path.iterdir() if any((child / name).exists() for name in MTX_NAMES)
-    )
+        return path.suffix in CELL_FILE_ENDINGS
+    return any((path / name).exists() for name in MTX_NAMES)
+
+
+def _cell_files_at(path: Path) -> list[Path]:
+    if path.is_file() or _is_cells(path):
+        return [path] if _is_cells(path) else []
+    return sorted(child for child in path.iterdir() if _is_cells(child))
 
 
 @contextmanager
@@ -71,14 +83,19 @@ def open_cells(path: Path) -> Iterator[anndata.AnnData]:
         AnnData; backed for h5ad, and closed afterwards.
 
     Raises:
-        ImportError: If a 10x format comes and scanpy is not installed.
         OSError: If the file is damaged or of another kind.
     """
+    if path.suffix != ".h5ad":
+        _require_scanpy(path)
     try:
         adata = anndata.read_h5ad(path, backed="r") if path.suffix == ".h5ad" else _read_10x(path)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    # The readers raise whatever the damage makes them stumble over, scanpy also a plain Exception.
+    except Exception as error:
         size = f"{path.stat().st_size:,} bytes" if path.is_file() else "a folder"
-        msg = f"{path} ({size}) cannot be read as cells: {error}. Is it cut off? Fetch it again or leave it out."
+        msg = (
+            f"{path} ({size}) cannot be read as cells: {error}. Is it cut off? Fetch it again or leave it "
+            "out."
+        )
         raise OSError(msg) from error
     try:
         yield adata
@@ -87,14 +104,16 @@ def open_cells(path: Path) -> Iterator[anndata.AnnData]:
             adata.file.close()
 
 
-def _read_10x(path: Path) -> anndata.AnnData:
-    try:
-        import scanpy
-    except ImportError as error:
+def _require_scanpy(path: Path) -> None:
+    if importlib.util.find_spec("scanpy") is None:
         msg = f"{path} is in a 10x format, which scanpy reads: pip install 'scdiva[examples]'"
-        raise ImportError(msg) from error
-    adata = scanpy.read_10x_mtx(path) if path.is_dir() else scanpy.read_10x_h5(path)
-    return adata
+        raise ImportError(msg)
+
+
+def _read_10x(path: Path) -> anndata.AnnData:
+    import scanpy
+
+    return scanpy.read_10x_mtx(path) if path.is_dir() else scanpy.read_10x_h5(path)
 
 
 @contextmanager
@@ -108,8 +127,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
         Path to write to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.partial"):  # left by a run that was killed
-        stale.unlink()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -118,6 +135,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partials(path: Path) -> None:
+    """Delete what killed runs left of a file; only for files that nobody else can be writing.
+
+    Args:
+        path: Final file.
+    """
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        stale.unlink()
 
 
 @contextmanager
@@ -131,12 +158,20 @@ def errors_name(path: Path) -> Iterator[None]:
         Nothing.
 
     Raises:
-        ValueError: The one raised inside, with the path before its message.
+        KeyError: The one raised inside, with the path before its message; and so the following.
+        OSError: Of reading only; a full disk is no fault of the file.
+        TypeError: As above.
+        ValueError: As above.
     """
     try:
         yield
-    except ValueError as error:
-        msg = f"{path}: {error}"
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        msg = f"{path}: {error.args[0] if len(error.args) == 1 else error}"
+        for kind in (KeyError, OSError, TypeError):
+            if isinstance(error, kind):
+                raise kind(msg) from error
         raise ValueError(msg) from error
 
 

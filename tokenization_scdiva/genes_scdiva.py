@@ -9,6 +9,7 @@ Dimensions: G entries (genes in the file), V vocabulary.
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -248,7 +249,7 @@ def match_genes(
     aliases = {name: vocabulary.token_ids[gene_id] for name, gene_id in vocabulary.aliases.items()}
     found = find_genes(columns, vocabulary.gene_token_ids, vocabulary.symbol_token_ids, aliases)
     token_ids = np.array([-1 if token is None else token for token, _ in found], dtype=np.int64)
-    evidence = np.array([how for _, how in found])
+    evidence = np.array([how for _, how in found], dtype=object)  # object: text keeps its length
 
     # 2. Of entries that are one gene, the most expressed is used.
     is_matched = token_ids >= 0
@@ -335,13 +336,13 @@ def make_report(
     Returns:
         The report.
     """
-    evidence = np.asarray(evidence)
-    fields = ("by_id", "by_symbol", "by_alias", "duplicates", "unknown", "null")
-    unknown = [entries[i] for i in np.flatnonzero(evidence == "unknown")[:N_EXAMPLES]]
+    n_of = Counter(evidence)
+    unknown = (names for names, how in zip(entries, evidence, strict=True) if how == "unknown")
+    first_names = dict.fromkeys(next(name for name in names if name) for names in unknown)
     return GeneMatchReport(
         n_genes=len(entries),
-        **{field: int(np.count_nonzero(evidence == field)) for field in fields},
-        unknown_examples=tuple(next(name for name in names if name) for names in unknown),
+        **{how: n_of[how] for how in ("by_id", "by_symbol", "by_alias", "duplicates", "unknown", "null")},
+        unknown_examples=tuple(first_names)[:N_EXAMPLES],
     )
 
 

@@ -1,18 +1,21 @@
 """From counts to ranked cells: normalise, score, sort, cut (METHOD: "From counts to tokens").
 
-Cells travel through the package as flat, ragged arrays: one long array per quantity and `offsets` that say where
-each cell begins. No Python object per cell and per gene, no padding before the very end.
+Cells travel through the package as flat, ragged arrays: one long array per quantity and `offsets` that say
+where each cell begins. No Python object per cell and per gene, no padding before the very end.
 
 The sort is exact and total: score descending, ties by token id ascending. It therefore depends neither on the
-order of genes in a file nor on how cells are cut into blocks. A score and its token id are packed into one 64-bit
-key, because NumPy sorts unsigned integers with vector instructions and needs no separate tie rule.
+order of genes in a file nor on how cells are cut into blocks. A score and its token id are packed into one
+64-bit key, because NumPy sorts unsigned integers with vector instructions and needs no separate tie rule.
 
 Dimensions: B cells, T gene tokens of all these cells together, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+from .counts_scdiva import Counts
 
 TARGET_SUM = 10_000.0
 TOKEN_BITS = np.uint64(32)
@@ -93,7 +96,8 @@ def score_keys(values: np.ndarray, token_ids: np.ndarray, ranking_weights: np.nd
         ranking_weights: (V,) H_g + eps; ones give plain expression order.
 
     Returns:
-        (T,) uint32. Bits of positive float32 numbers order as the numbers do, so the complement orders descending.
+        (T,) uint32. Bits of positive float32 numbers order as the numbers do, so the complement orders
+        descending.
     """
     scores = (values / ranking_weights[token_ids]).astype(np.float32)
     return ~scores.view(np.uint32)
@@ -206,6 +210,43 @@ def keep_vocabulary_genes(
     is_kept = tokens >= 0
     kept_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(is_kept)])
     return kept_before[indptr], tokens[is_kept].astype(np.int32), amounts[is_kept]
+
+
+def iter_flat_cells(
+    counts: Counts, column_tokens: np.ndarray, *, library_size: np.ndarray | None = None, target_sum: float
+) -> Iterator[tuple[int, FlatCells, float]]:
+    """Turn proven count blocks into flat cells of vocabulary genes, still unranked.
+
+    Args:
+        counts: What `read_counts` returned.
+        column_tokens: (G,) token id of each column, -1 for none.
+        library_size: (N,) molecules per cell; default the row sums over all genes of the file.
+        target_sum: Molecules to which every cell is scaled.
+
+    Yields:
+        Index of the block's first cell, its cells, and the sum of all its entries, known genes or not.
+
+    Raises:
+        ValueError: If a cell holds more molecules than ``library_size`` says.
+    """
+    for block in counts.blocks():
+        totals = block.row_sums()
+        offsets, token_ids, amounts = keep_vocabulary_genes(
+            block.indptr, block.indices, block.data, column_tokens
+        )
+        if counts.kind == "log1p":
+            yield block.start, FlatCells(offsets, token_ids, amounts, None, None), float(totals.sum())
+            continue
+        sizes = totals if library_size is None else library_size[block.start : block.start + len(totals)]
+        if not (sizes >= totals).all():
+            cell = int(np.argmin(sizes >= totals))
+            msg = (
+                f"library_size of cell {block.start + cell} is {sizes[cell]:g}, but its genes here hold "
+                f"{totals[cell]:,} molecules. Give molecules per cell, counted before genes were left out."
+            )
+            raise ValueError(msg)
+        values = normalise_counts(amounts, np.repeat(sizes, np.diff(offsets)), target_sum)
+        yield block.start, FlatCells(offsets, token_ids, values, amounts, sizes), float(totals.sum())
 
 
 def pad_cells(

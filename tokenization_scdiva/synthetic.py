@@ -1,7 +1,8 @@
 """Small made-up cells with real structure, for tests, documentation and dry runs.
 
-Gamma-Poisson counts: every gene has a base rate, every cell type raises its own marker genes, every cell has its own
-depth. That is enough for a model to learn something and for an embedding to separate types; it is no benchmark.
+Gamma-Poisson counts: every gene has a base rate, every cell type raises its own marker genes, every cell has
+its own depth. That is enough for a model to learn something and for an embedding to separate types; it is no
+benchmark.
 """
 
 import anndata
@@ -34,7 +35,8 @@ def synthetic_cells(
     """
     if n_genes < MARKERS_PER_TYPE * n_cell_types:
         msg = (
-            f"{n_cell_types} cell types need {MARKERS_PER_TYPE * n_cell_types} marker genes, got n_genes={n_genes}."
+            f"{n_cell_types} cell types need {MARKERS_PER_TYPE * n_cell_types} marker genes, got "
+            f"n_genes={n_genes}."
         )
         raise ValueError(msg)
     rng = np.random.default_rng(seed)

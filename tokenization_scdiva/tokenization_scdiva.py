@@ -1,9 +1,9 @@
 """ScDivaTokenizer: counts in, gene tokens and expression values out.
 
-A cell becomes `<lat> gene gene gene ...`, genes in ranking order, one expression value beside each. Unlike a text
-tokenizer it reads matrices and AnnData; text (gene names separated by blanks) works too, so that everything the
-transformers base class offers (`pad`, `decode`, saving, the Hub) keeps working. AnnData is read by its attributes,
-so this file needs no AnnData to encode; only `decode_anndata`, which makes one, does.
+A cell becomes `<lat> gene gene gene ...`, genes in ranking order, one expression value beside each. Unlike a
+text tokenizer it reads matrices and AnnData; text (gene names separated by blanks) works too, so that
+everything the transformers base class offers (`pad`, `decode`, saving, the Hub) keeps working. AnnData is
+read by its attributes, so this file needs no AnnData to encode; only `decode_anndata`, which makes one, does.
 
 Dimensions: N cells and G genes in a file, B cells in a block, S positions (`<lat>` and genes), V vocabulary.
 Source: METHOD.md, "From counts to tokens".
@@ -23,12 +23,11 @@ from .genes_scdiva import GeneMatch, check_count_overlap, gene_name_columns, mat
 from .ranking_scdiva import (
     TARGET_SUM,
     FlatCells,
-    keep_vocabulary_genes,
-    normalise_counts,
+    iter_flat_cells,
     pad_cells,
     rank_cells,
 )
-from .vocabulary_scdiva import GeneVocabulary
+from .vocabulary_scdiva import SPECIAL_TOKENS, GeneVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class ScDivaTokenizer(PreTrainedTokenizer):
     Args:
         vocabulary_file: Path of a ``gene_vocabulary.json``; what ``from_pretrained`` passes.
         vocabulary: The same in memory; one of the two is needed.
-        max_genes: Genes kept of a cell, the first in ranking order.
+        max_genes: Genes kept of a cell, the first in ranking order. ``model_max_length`` always follows it.
         target_sum: Molecules to which every cell is scaled before log1p.
         gene_order: ``entropy`` (s = v / (H_g + eps)), ``expression`` (s = v) or ``random``.
         entropy_epsilon: eps in nats; large values approach expression order.
@@ -55,7 +54,8 @@ class ScDivaTokenizer(PreTrainedTokenizer):
         kwargs: Passed to the base class.
 
     Raises:
-        ValueError: If there is no vocabulary, or entropy order is asked of one without entropies.
+        ValueError: If there is no vocabulary, if a setting is out of range, if entropy order is asked of a
+            vocabulary without entropies, or if a special token is not one of the vocabulary's.
     """
 
     vocab_files_names = {"vocabulary_file": VOCABULARY_FILE}  # noqa: RUF012 (the base class declares it so)
@@ -80,7 +80,10 @@ class ScDivaTokenizer(PreTrainedTokenizer):
     ) -> None:
         if vocabulary is None:
             if vocabulary_file is None:
-                msg = f"ScDivaTokenizer needs a gene vocabulary, and no {VOCABULARY_FILE} came. Pass vocabulary=..., or vocabulary_file=..."
+                msg = (
+                    f"ScDivaTokenizer needs a gene vocabulary, and no {VOCABULARY_FILE} came. Pass "
+                    "vocabulary=..., or vocabulary_file=..."
+                )
                 raise ValueError(msg)
             vocabulary = GeneVocabulary.load(vocabulary_file)
         _check_settings(max_genes, target_sum, gene_order, entropy_epsilon, vocabulary)
@@ -89,8 +92,9 @@ class ScDivaTokenizer(PreTrainedTokenizer):
         self.target_sum = target_sum
         self.gene_order = gene_order
         self.entropy_epsilon = entropy_epsilon
-        for leftover in ("is_local", "local_files_only"):  # from_pretrained's own, not settings to be saved
-            kwargs.pop(leftover, None)
+        for name in ("is_local", "local_files_only"):  # from_pretrained's own, not settings to be saved
+            kwargs.pop(name, None)
+        kwargs["model_max_length"] = max_genes + 1  # a saved one would outlive a change of max_genes
         super().__init__(
             max_genes=max_genes,
             target_sum=target_sum,
@@ -101,8 +105,14 @@ class ScDivaTokenizer(PreTrainedTokenizer):
             cls_token=cls_token,
             unk_token=unk_token,
             pert_token=pert_token,
-            **{"model_max_length": max_genes + 1} | kwargs,
+            **kwargs,
         )
+        specials = [self.pad_token, self.mask_token, self.cls_token, self.unk_token, self.pert_token]
+        if not set(specials) <= set(SPECIAL_TOKENS):
+            msg = (
+                f"Special tokens {specials} must be among the vocabulary's own: {', '.join(SPECIAL_TOKENS)}."
+            )
+            raise ValueError(msg)
 
     # --- vocabulary, as the base class wants it ---
 
@@ -187,12 +197,15 @@ class ScDivaTokenizer(PreTrainedTokenizer):
         """Return zeros; a cell has no segments."""
         return [0] * (1 + len(token_ids_0) + len(token_ids_1 or []))
 
-    def _pad(self, encoded_inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        padded = super()._pad(encoded_inputs, *args, **kwargs)
+    def _pad(self, encoded_inputs: Any, *, padding_side: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        padded = super()._pad(encoded_inputs, padding_side=padding_side, **kwargs)
         length = len(padded["input_ids"])
         for name, fill in PAD_VALUES.items():
             if name in padded:
-                padded[name] = list(padded[name]) + [fill] * (length - len(padded[name]))
+                entries = list(padded[name])
+                pads = [fill] * (length - len(entries))
+                is_left = (padding_side or self.padding_side) == "left"
+                padded[name] = pads + entries if is_left else entries + pads
         return padded
 
     # --- cells ---
@@ -201,26 +214,32 @@ class ScDivaTokenizer(PreTrainedTokenizer):
         """Tokenize counts, an AnnData, or text.
 
         Args:
-            cells: (N, G) raw counts, dense or sparse, or (G,) for one cell, with ``gene_ids=``; or an AnnData; or
-                text, gene names separated by blanks.
+            cells: (N, G) raw counts, dense, sparse or nested lists, or (G,) for one cell, with
+                ``gene_ids=``; or an AnnData; or text, gene names separated by blanks.
             args: Further positional arguments of the base class, for text.
-            gene_ids: (G,) Ensembl ids or symbols of the columns.
+            gene_ids: (G,) Ensembl ids or symbols of the columns of a matrix.
             kwargs: Those of `encode_anndata`, or of the base class for text.
 
         Returns:
             As `encode_anndata`, or as the base class for text.
 
         Raises:
-            ValueError: If a matrix comes without ``gene_ids``, or their numbers differ.
+            ValueError: If a matrix comes without ``gene_ids`` or an AnnData with them, or if there are not as
+                many as columns.
         """
         if hasattr(cells, "var_names"):
+            if gene_ids is not None:
+                msg = "An AnnData names its genes itself; choose a column of var with gene_id_key=..."
+                raise ValueError(msg)
             return self.encode_anndata(cells, **kwargs)
-        if cells is None or isinstance(cells, str | list | tuple):
+        if gene_ids is not None:
+            return self.encode_anndata(_as_adata(cells, gene_ids), **kwargs)
+        if cells is None:  # text came under the base class' own names
+            return super().__call__(**kwargs)
+        if isinstance(cells, str | list | tuple):
             return super().__call__(cells, *args, **kwargs)
-        if gene_ids is None:
-            msg = "A matrix of counts needs gene_ids=..., the Ensembl id or symbol of each column."
-            raise ValueError(msg)
-        return self.encode_anndata(_as_adata(cells, gene_ids), **kwargs)
+        msg = "A matrix of counts needs gene_ids=..., the Ensembl id or symbol of each column."
+        raise ValueError(msg)
 
     def encode_anndata(
         self, adata: Any, *, return_tensors: str = "pt", library_size: Any = None, **kwargs: Any
@@ -234,13 +253,16 @@ class ScDivaTokenizer(PreTrainedTokenizer):
             kwargs: Those of `iter_cells`.
 
         Returns:
-            ``input_ids`` (N, S) int64, ``expression_values`` (N, S) float32 and ``attention_mask`` (N, S) int64.
+            ``input_ids`` (N, S) int64, ``expression_values`` (N, S) float32 and ``attention_mask`` (N, S)
+            int64.
         """
         blocks = list(self.iter_cells(adata, library_size=library_size, **kwargs))
         offsets = np.cumsum(np.concatenate([[0], *[cells.n_genes for cells in blocks]]))
         token_ids = np.concatenate([cells.token_ids for cells in blocks])
         values = np.concatenate([cells.values for cells in blocks])
-        return self.pad_cells(FlatCells(offsets, token_ids, values, None, None), return_tensors=return_tensors)
+        return self.pad_cells(
+            FlatCells(offsets, token_ids, values, None, None), return_tensors=return_tensors
+        )
 
     def pad_cells(self, cells: FlatCells, *, return_tensors: str = "pt") -> BatchEncoding:
         """Lay flat cells out as model inputs, with ``<lat>`` in front.
@@ -277,13 +299,16 @@ class ScDivaTokenizer(PreTrainedTokenizer):
     ) -> Iterator[FlatCells]:
         """Tokenize an AnnData block by block, in the order of its cells.
 
+        Values that are not what they are said to be, too few known genes, and empty cells are refused.
+
         Args:
             adata: AnnData with N cells, in memory or backed.
             layer: Layer that holds the counts; default see `read_counts`.
             expression_is_log1p: The values are log1p of normalised counts, not counts.
-            gene_id_key: Column of ``var`` with gene ids; default: the names and every known id or symbol column.
+            gene_id_key: Column of ``var`` with gene ids; default: the names and every known id or symbol
+                column.
             library_size: (N,) molecules per cell, where the AnnData no longer holds all genes of the run.
-            max_genes: Genes kept of a cell; default the tokenizer's.
+            max_genes: Genes kept of a cell, at least 1; default the tokenizer's.
             keep_empty_cells: Let a cell without any vocabulary gene through as a bare ``<lat>``.
             block_size: Cells per block; no result depends on it.
             min_gene_overlap: Least share of genes that must be known.
@@ -291,29 +316,29 @@ class ScDivaTokenizer(PreTrainedTokenizer):
 
         Yields:
             Ranked and cut cells of one block.
-
-        Raises:
-            ValueError: If the values are not what they are said to be, too few genes are known, or cells are empty.
         """
+        limit = self.max_genes if max_genes is None else max_genes
+        _check_max_genes(limit)
         counts = read_counts(
             adata, layer=layer, expression_is_log1p=expression_is_log1p, block_size=block_size
         )
         match = self.match_genes(adata, counts, gene_id_key=gene_id_key, min_gene_overlap=min_gene_overlap)
         if library_size is not None:
             library_size = _checked_library_size(library_size, counts)
-        matched = total = 0.0
-        weights, limit = self.ranking_weights, self.max_genes if max_genes is None else max_genes
+        weights, matched, total, n_cut = self.ranking_weights, 0.0, 0.0, 0
         for start, cells, block_total in iter_flat_cells(
             counts, match.token_ids, library_size=library_size, target_sum=self.target_sum
         ):
             amounts = cells.values if cells.counts is None else cells.counts
             matched, total = matched + float(amounts.sum(dtype=np.float64)), total + block_total
+            n_cut += int((cells.n_genes > limit).sum())
             if not keep_empty_cells:
                 _refuse_empty_cells(cells, start, adata)
-            yield rank_cells(
-                cells, gene_order=self.gene_order, ranking_weights=weights, max_genes=limit
-            )
+            yield rank_cells(cells, gene_order=self.gene_order, ranking_weights=weights, max_genes=limit)
         check_count_overlap(match.report, matched, total, min_count_overlap=min_count_overlap)
+        logger.info(
+            "%d of %d cells express more than %d genes and were cut there.", n_cut, counts.n_cells, limit
+        )
 
     def match_genes(
         self, adata: Any, counts: Counts, *, gene_id_key: str | None = None, min_gene_overlap: float = 0.1
@@ -330,22 +355,28 @@ class ScDivaTokenizer(PreTrainedTokenizer):
             Token id per column, -1 where unused, and the report.
         """
         names = gene_name_columns(adata, use_raw=counts.use_raw, gene_id_key=gene_id_key)
-        match = match_genes(
-            names, self.vocabulary, gene_totals=counts.gene_totals, min_gene_overlap=min_gene_overlap
+        return match_genes(
+            names,
+            self.vocabulary,
+            gene_totals=counts.gene_totals,
+            min_gene_overlap=min_gene_overlap,
+            cell_names=adata.obs_names,
         )
-        logger.info("%s", match.report)
-        return match
 
-    def decode_anndata(self, encoding: Any, *, obs_names: Any = None) -> Any:
-        """Go back from tokens to an AnnData of expression values.
+    def decode_anndata(self, encoding: Any, *, obs_names: Any = None, library_size: Any = None) -> Any:
+        """Go back from tokens to an AnnData of expression values, and of counts where depths are given.
+
+        Special tokens, ``<mask>`` among them, leave no trace.
 
         Args:
             encoding: Mapping with ``input_ids`` (N, S) and ``expression_values`` (N, S).
             obs_names: (N,) names of the cells.
+            library_size: (N,) molecules per cell, as in encoding; adds ``layers["counts"]``.
 
         Returns:
             AnnData (N, V - specials): ``X`` CSR float32 log1p values, zero where a cell has no such token;
-            ``var_names`` gene ids, ``var["gene_symbols"]``.
+            ``var_names`` gene ids, ``var["gene_symbols"]``; ``layers["counts"]`` CSR whole molecules, those
+            of the input for all genes that were not cut.
 
         Raises:
             ImportError: If anndata is not installed.
@@ -357,7 +388,7 @@ class ScDivaTokenizer(PreTrainedTokenizer):
         except ImportError as error:
             msg = "decode_anndata makes an AnnData and needs the package anndata: pip install anndata"
             raise ImportError(msg) from error
-        input_ids, values = np.asarray(encoding["input_ids"]), np.asarray(encoding["expression_values"])
+        input_ids, values = _as_array(encoding["input_ids"]), _as_array(encoding["expression_values"])
         n_special = self.vocabulary.n_special_tokens
         rows, places = np.nonzero(input_ids >= n_special)
         columns = input_ids[rows, places] - n_special
@@ -365,7 +396,12 @@ class ScDivaTokenizer(PreTrainedTokenizer):
             msg = "A gene occurs twice in one cell of input_ids; each gene may hold one value."
             raise ValueError(msg)
         shape = (len(input_ids), len(self.vocabulary) - n_special)
-        adata = anndata.AnnData(csr_matrix((values[rows, places].astype(np.float32), (rows, columns)), shape=shape))
+        values = values[rows, places].astype(np.float32)
+        adata = anndata.AnnData(csr_matrix((values, (rows, columns)), shape=shape))
+        if library_size is not None:
+            scale = np.asarray(library_size, dtype=np.float64)[rows] / self.target_sum
+            counts = np.rint(np.expm1(values.astype(np.float64)) * scale).astype(np.float32)
+            adata.layers["counts"] = csr_matrix((counts, (rows, columns)), shape=shape)
         adata.var_names = self.vocabulary.gene_ids[n_special:]
         adata.var["gene_symbols"] = self.vocabulary.gene_symbols[n_special:]
         if obs_names is not None:
@@ -373,39 +409,10 @@ class ScDivaTokenizer(PreTrainedTokenizer):
         return adata
 
 
-def iter_flat_cells(
-    counts: Counts, column_tokens: np.ndarray, *, library_size: np.ndarray | None = None, target_sum: float
-) -> Iterator[tuple[int, FlatCells, float]]:
-    """Turn proven count blocks into flat cells of vocabulary genes, still unranked.
-
-    Args:
-        counts: What `read_counts` returned.
-        column_tokens: (G,) token id of each column, -1 for none.
-        library_size: (N,) molecules per cell; default the row sums over all genes of the file.
-        target_sum: Molecules to which every cell is scaled.
-
-    Yields:
-        Index of the block's first cell, its cells, and the sum of all its entries, known genes or not.
-    """
-    for block in counts.blocks():
-        totals = block.row_sums()
-        offsets, token_ids, amounts = keep_vocabulary_genes(
-            block.indptr, block.indices, block.data, column_tokens
-        )
-        if counts.kind == "log1p":
-            yield block.start, FlatCells(offsets, token_ids, amounts, None, None), float(totals.sum())
-            continue
-        sizes = totals if library_size is None else library_size[block.start : block.start + len(totals)]
-        values = normalise_counts(amounts, np.repeat(sizes, np.diff(offsets)), target_sum)
-        yield block.start, FlatCells(offsets, token_ids, values, amounts, sizes), float(totals.sum())
-
-
 def _check_settings(
     max_genes: int, target_sum: float, gene_order: str, entropy_epsilon: float, vocabulary: GeneVocabulary
 ) -> None:
-    if max_genes < 1:
-        msg = f"max_genes must be at least 1, got {max_genes}."
-        raise ValueError(msg)
+    _check_max_genes(max_genes)
     if not target_sum > 0:
         msg = f"target_sum must be positive (molecules per cell), got {target_sum}."
         raise ValueError(msg)
@@ -417,38 +424,48 @@ def _check_settings(
         raise ValueError(msg)
     if gene_order == "entropy" and vocabulary.gene_entropy is None:
         msg = (
-            "gene_order='entropy' needs a vocabulary with gene entropies, and this one has none. Build one with "
-            "data/build_vocabulary.py, or choose gene_order='expression'."
+            "gene_order='entropy' needs a vocabulary with gene entropies, and this one has none. Build one "
+            "with data/build_vocabulary.py, or choose gene_order='expression'."
         )
         raise ValueError(msg)
 
 
+def _check_max_genes(max_genes: int) -> None:
+    if max_genes < 1:
+        msg = f"max_genes must be at least 1, got {max_genes}."
+        raise ValueError(msg)
+
+
+def _as_array(tensor: Any) -> np.ndarray:
+    return tensor.detach().cpu().numpy() if hasattr(tensor, "detach") else np.asarray(tensor)
+
+
 def _as_adata(matrix: Any, gene_ids: Any) -> SimpleNamespace:
     """Dress a bare matrix as the part of an AnnData that `read_counts` and `gene_name_columns` look at."""
-    if hasattr(matrix, "detach"):
-        matrix = matrix.detach().cpu().numpy()
-    if not hasattr(matrix, "indptr"):
-        matrix = np.asarray(matrix)
+    if not hasattr(matrix, "tocsr"):
+        matrix = _as_array(matrix)
     if matrix.ndim == 1:
         matrix = matrix[None, :]
     names = [str(name) for name in gene_ids]
     if matrix.shape[1] != len(names):
-        msg = f"The matrix has {matrix.shape[1]} columns and gene_ids {len(names)} entries; they must be equal."
+        msg = (
+            f"The matrix has {matrix.shape[1]} columns and gene_ids {len(names)} entries; they must be equal."
+        )
         raise ValueError(msg)
     cell_names = [str(row) for row in range(matrix.shape[0])]
     var = SimpleNamespace(columns=(), index=np.array(names, dtype=object))
     return SimpleNamespace(
-        X=matrix, layers={}, raw=None, var=var, isbacked=False, obs_names=cell_names, var_names=names
+        X=matrix, layers={}, raw=None, uns={}, var=var, obs_names=cell_names, var_names=names
     )
 
 
 def _checked_library_size(library_size: Any, counts: Counts) -> np.ndarray:
+    if counts.kind == "log1p":
+        msg = "library_size turns counts into expression; log1p expression needs none, leave it out."
+        raise ValueError(msg)
     sizes = np.asarray(library_size, dtype=np.float64).reshape(-1)
     if len(sizes) != counts.n_cells:
         msg = f"library_size has {len(sizes)} entries for {counts.n_cells} cells; give one number per cell."
-        raise ValueError(msg)
-    if not (np.isfinite(sizes) & (sizes > 0)).all():
-        msg = "library_size must be finite and positive (molecules per cell) for every cell."
         raise ValueError(msg)
     return sizes
 

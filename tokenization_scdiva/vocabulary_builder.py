@@ -1,31 +1,35 @@
 """From files of cells to a gene vocabulary with population entropies, in constant memory.
 
-Two passes: the first collects gene names and settles which entries of which file are one gene; the second streams
-the cells into one histogram per gene. A cell counts for a gene only where its file measures that gene: unmeasured is
-not zero.
+Two passes: the first collects gene names and settles which entries of which file are one gene; the second
+streams the cells into one histogram per gene. A cell counts for a gene only where its file measures that
+gene: unmeasured is not zero.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from tokenization_scdiva.counts_scdiva import read_counts
+from tokenization_scdiva.counts_scdiva import Counts, read_counts
 from tokenization_scdiva.files import errors_name, open_cells
 from tokenization_scdiva.gene_entropy import GeneEntropy
 from tokenization_scdiva.gene_table import GeneTable, canonical_genes
 from tokenization_scdiva.genes_scdiva import ensembl_id, gene_name_columns, match_genes
-from tokenization_scdiva.ranking_scdiva import TARGET_SUM
-from tokenization_scdiva.tokenization_scdiva import iter_flat_cells
+from tokenization_scdiva.ranking_scdiva import TARGET_SUM, iter_flat_cells
 from tokenization_scdiva.vocabulary_scdiva import GeneVocabulary
 
 
-def build_vocabulary(
+def build_vocabulary(  # noqa: PLR0913 (the arguments of data/build_vocabulary.py)
     files: Mapping[str, Path],
     *,
     gene_table: GeneTable | None = None,
+    layer: str | None = None,
+    gene_id_key: str | None = None,
     expression_is_log1p: bool = False,
     target_sum: float = TARGET_SUM,
     min_cells: int = 1,
@@ -34,32 +38,37 @@ def build_vocabulary(
 ) -> tuple[GeneVocabulary, list[dict[str, Any]]]:
     """Build a vocabulary from all genes of some files.
 
+    A file that is refused stops the build; the message names it.
+
     Args:
         files: Data set name -> file, as `find_cell_files` returns them.
-        gene_table: What names mean; entries it does not know are left out and counted. None takes names as written.
+        gene_table: What names mean; entries it does not know are left out and counted. None takes names as
+            written.
+        layer: Layer with the counts; default see `read_counts`.
+        gene_id_key: Column of ``var`` with gene ids; default all known ones.
         expression_is_log1p: The files hold log1p values instead of counts.
         target_sum: Molecules to which every cell is scaled; the tokenizer must use the same.
         min_cells: Genes seen in fewer cells are left out.
-        n_genes: Keep only this many genes, those whose log1p expression varies most over all cells. For small models.
+        n_genes: Keep only this many genes, those whose log1p expression varies most over all cells. For small
+            models.
         show_progress: Show a progress bar.
 
     Returns:
         The vocabulary, and one report per file: cells, matched genes, entries left out.
-
-    Raises:
-        ValueError: If a file is refused (the message names it), or no gene is left.
     """
-    candidates, reports = _collect_genes(files, gene_table, expression_is_log1p=expression_is_log1p)
+    reading = _Reading(layer, gene_id_key, expression_is_log1p)
+    candidates, reports = _collect_genes(files, gene_table, reading)
     entropy = GeneEntropy(candidates.n_genes, target_sum=target_sum)
-    bar = tqdm(total=sum(report["n_cells"] for report in reports), unit=" cells", disable=not show_progress)
-    for path in files.values():
-        _add_cells(entropy, path, candidates, expression_is_log1p=expression_is_log1p, bar=bar)
-    bar.close()
+    n_cells = sum(report["n_cells"] for report in reports)
+    with tqdm(total=n_cells, unit=" cells", disable=not show_progress) as bar:
+        for path in files.values():
+            _add_cells(entropy, path, candidates, reading, bar)
     kept = _kept_genes(entropy, min_cells=min_cells, n_genes=n_genes)
     ids = [candidates.gene_ids[candidates.n_special_tokens + gene] for gene in kept]
     symbols: Sequence[str]
+    aliases: Mapping[str, str] = {}
     if gene_table is None:
-        symbols, aliases = [candidates.gene_symbols[candidates.n_special_tokens + gene] for gene in kept], {}
+        symbols = [candidates.gene_symbols[candidates.n_special_tokens + gene] for gene in kept]
     else:
         symbols, aliases = gene_table.names_for_vocabulary(ids)
     source = {
@@ -78,38 +87,51 @@ def build_vocabulary(
     return vocabulary, reports
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """How every file is read."""
+
+    layer: str | None
+    gene_id_key: str | None
+    expression_is_log1p: bool
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[tuple[Counts, dict[str, list[str | None]]]]:
+        with errors_name(path), open_cells(path) as adata:
+            counts = read_counts(adata, layer=self.layer, expression_is_log1p=self.expression_is_log1p)
+            yield counts, gene_name_columns(adata, use_raw=counts.use_raw, gene_id_key=self.gene_id_key)
+
+
 def _collect_genes(
-    files: Mapping[str, Path], gene_table: GeneTable | None, *, expression_is_log1p: bool
+    files: Mapping[str, Path], gene_table: GeneTable | None, reading: _Reading
 ) -> tuple[GeneVocabulary, list[dict[str, Any]]]:
-    """Settle all genes of all files; a symbol that is some gene's with an Ensembl id joins that gene."""
+    """Settle all genes of all files, and report what became of the entries of each file."""
     symbols: dict[str, str] = {}
     reports = []
     for name, path in files.items():
-        with errors_name(path), open_cells(path) as adata:
-            counts = read_counts(adata, expression_is_log1p=expression_is_log1p)
-            columns = gene_name_columns(adata, use_raw=counts.use_raw)
+        with reading.open(path) as (counts, columns):
             gene_ids, report = canonical_genes(columns, gene_table)
             reports.append(
                 {"name": name, "n_cells": counts.n_cells, "source": counts.source, "genes": report.to_dict()}
             )
         for gene_id, *names in zip(gene_ids, *columns.values(), strict=True):
-            if gene_id is not None:
-                symbols.setdefault(gene_id, next((n for n in names if n and not ensembl_id(n)), gene_id))
+            # The first symbol that any file gives; until then the id stands for it.
+            if gene_id is not None and symbols.get(gene_id, gene_id) == gene_id:
+                symbols[gene_id] = next((n for n in names if n and not ensembl_id(n)), gene_id)
     if gene_table is not None:
         ids = sorted(symbols)
         names_of_ids, aliases = gene_table.names_for_vocabulary(ids)
         return GeneVocabulary(ids, names_of_ids, aliases=aliases), reports
-    with_id = {symbol for gene_id, symbol in symbols.items() if ensembl_id(gene_id)}
-    ids = sorted(gene_id for gene_id in symbols if ensembl_id(gene_id) or gene_id not in with_id)
+    # A gene known by symbol alone is the one gene that has this symbol and an Ensembl id, if there is one.
+    n_owners = Counter(symbol for gene_id, symbol in symbols.items() if ensembl_id(gene_id))
+    ids = sorted(gene_id for gene_id in symbols if ensembl_id(gene_id) or n_owners[gene_id] != 1)
     return GeneVocabulary(ids, [symbols[gene_id] for gene_id in ids]), reports
 
 
 def _add_cells(
-    entropy: GeneEntropy, path: Path, candidates: GeneVocabulary, *, expression_is_log1p: bool, bar: tqdm
+    entropy: GeneEntropy, path: Path, candidates: GeneVocabulary, reading: _Reading, bar: tqdm
 ) -> None:
-    with errors_name(path), open_cells(path) as adata:
-        counts = read_counts(adata, expression_is_log1p=expression_is_log1p)
-        columns = gene_name_columns(adata, use_raw=counts.use_raw)
+    with reading.open(path) as (counts, columns):
         match = match_genes(columns, candidates, gene_totals=counts.gene_totals, min_gene_overlap=0.0)
         column_genes = np.where(match.token_ids < 0, -1, match.token_ids - candidates.n_special_tokens)
         is_measured = np.zeros(entropy.n_genes, dtype=bool)

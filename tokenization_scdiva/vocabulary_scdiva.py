@@ -224,9 +224,10 @@ class GeneVocabulary:
         is_wrong = ~(np.isfinite(entropies) & (entropies >= 0))
         if is_wrong.any():
             first = int(np.flatnonzero(is_wrong)[0])
+            name = self.gene_ids[first + self.n_special_tokens]
             msg = (
-                "gene_entropy must be finite and not negative; "
-                f"{int(is_wrong.sum())} of {entropies.size} are not (first: gene '{self.gene_ids[first + self.n_special_tokens]}' = {entropies[first]})."
+                f"gene_entropy must be finite and not negative; {int(is_wrong.sum())} of {entropies.size} "
+                f"are not (first: gene '{name}' = {entropies[first]})."
             )
             raise ValueError(msg)
         return np.concatenate([np.zeros(self.n_special_tokens), entropies])

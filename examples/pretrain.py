@@ -1,0 +1,163 @@
+"""Pretrain scDiVa on an Arrow corpus by masked diffusion.
+
+    accelerate launch examples/pretrain.py --corpus corpus --config examples/configs/small.json --output_dir
+    scdiva accelerate launch --mixed_precision bf16 --num_processes 4 examples/pretrain.py ...      # GPUs
+    ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 examples/pretrain.py ...  # two CPU
+    processes ... --resume                                                                             # go on
+    after a stop
+
+The corpus comes from data/build_corpus.py. The finished folder holds weights, config, tokenizer and code:
+`AutoModel.from_pretrained("scdiva")`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+
+from modeling_scdiva import ScDivaConfig, ScDivaForMaskedDiffusion
+from modeling_scdiva.training import PretrainingArguments, pretrain
+from tokenization_scdiva import CellBatchSampler, CellCorpus, ScDivaDataCollator, ScDivaTokenizer
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line.
+
+    Returns:
+        The arguments.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--corpus", type=Path, required=True, help="corpus folder of data/build_corpus.py")
+    parser.add_argument("--config", type=Path, required=True, help="ScDivaConfig file, see examples/configs")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder; default: the one inside the corpus")
+    parser.add_argument("--output_dir", type=Path, default=Path("scdiva"), help="where the model goes")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --output_dir"
+    )
+    parser.add_argument("--n_epochs", type=float, default=4.0, help="passes over the corpus")
+    parser.add_argument("--n_steps", type=int, help="optimiser updates, instead of --n_epochs")
+    parser.add_argument("--batch_size", type=int, default=768, help="cells per update, over all processes")
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per update")
+    parser.add_argument("--learning_rate", type=float, default=2e-4, help="peak of warm-up and cosine")
+    parser.add_argument(
+        "--ema_decay", type=float, default=0.0, help="average the weights with this decay; 0: off"
+    )
+    parser.add_argument("--depth_corruption", choices=["scale", "thin", "none"], default="scale")
+    parser.add_argument("--masking_target", choices=["joint", "expression", "gene"], default="joint")
+    parser.add_argument("--log_every", type=int, default=10, help="steps between log lines")
+    parser.add_argument(
+        "--eval_every", type=int, default=500, help="steps between evaluations; 0: at the end"
+    )
+    parser.add_argument(
+        "--save_every", type=int, default=500, help="steps between checkpoints; 0: at the end"
+    )
+    parser.add_argument("--keep_checkpoints", type=int, default=2, help="checkpoints that stay on disk")
+    parser.add_argument("--num_workers", type=int, default=0, help="loader processes per training process")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="trade time for memory")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network (GPU)")
+    parser.add_argument("--report_to", choices=["none", "tensorboard"], default="none")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, cells, masks and dropout")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train."""
+    args = parse_arguments()
+    transformers.utils.logging.disable_progress_bar()  # one bar is enough
+    tracker = None if args.report_to == "none" else args.report_to
+    accelerator = Accelerator(log_with=tracker, project_dir=args.output_dir / "logs")
+    if tracker:
+        accelerator.init_trackers("pretrain")
+    tokenizer = ScDivaTokenizer.from_pretrained(args.tokenizer or args.corpus / "tokenizer")
+
+    # Each process reads its share of every global micro-batch.
+    if args.batch_size % args.gradient_accumulation_steps:
+        msg = (
+            f"--batch_size {args.batch_size} is no multiple of {args.gradient_accumulation_steps} "
+            "micro-batches."
+        )
+        raise SystemExit(msg)
+    loaders = {}
+    for split in ("train", "validation"):
+        cells = CellCorpus(args.corpus, split, ranking_settings=tokenizer.ranking_settings)
+        is_train = split == "train"
+        sampler = CellBatchSampler(
+            cells.n_genes,
+            batch_size=args.batch_size // args.gradient_accumulation_steps,
+            max_genes=tokenizer.max_genes,
+            seed=args.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            shuffle=is_train,
+        )
+        collator = ScDivaDataCollator.from_tokenizer(
+            tokenizer,
+            seed=args.seed,
+            masking_target=args.masking_target,
+            depth_corruption=args.depth_corruption if is_train else "none",
+        )
+        loaders[split] = DataLoader(
+            cells,
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=args.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+    n_cells = {split: len(loader.dataset) for split, loader in loaders.items()}
+    steps_per_epoch = loaders["train"].batch_sampler.batches_per_epoch // args.gradient_accumulation_steps
+    n_steps = args.n_steps or max(1, round(args.n_epochs * steps_per_epoch))
+
+    set_seed(args.seed)
+    settings = json.loads(args.config.read_text("utf-8"))
+    settings |= {"vocab_size": len(tokenizer), "vocabulary_hash": tokenizer.vocabulary.content_hash}
+    model = ScDivaForMaskedDiffusion(ScDivaConfig(**settings))
+    if model.config.value_head == "gene":
+        model.set_gene_weights(tokenizer.ranking_weights)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if args.compile:
+        model.model.compile()
+    accelerator.print(
+        f"Pretraining scDiVa ({model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer):,} tokens) on "
+        f"{n_cells['train']:,} cells of {args.corpus} ({n_cells['validation']:,} held out): {n_steps:,} "
+        f"steps of {args.batch_size} cells on {accelerator.num_processes} x {accelerator.device.type} "
+        f"({accelerator.mixed_precision} precision)."
+    )
+    log = pretrain(
+        model,
+        train_loader=loaders["train"],
+        eval_loader=loaders["validation"],
+        arguments=PretrainingArguments(
+            n_steps=n_steps,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            learning_rate=args.learning_rate,
+            ema_decay=args.ema_decay,
+            seed=args.seed,
+            log_every=args.log_every,
+            eval_every=args.eval_every,
+            save_every=args.save_every,
+            keep_checkpoints=args.keep_checkpoints,
+        ),
+        accelerator=accelerator,
+        output_dir=args.output_dir,
+        resume=args.resume,
+        on_save=tokenizer.save_pretrained,
+    )
+    evaluation = next(line for line in reversed(log) if "eval_loss" in line)
+    accelerator.print(
+        f"Saved {args.output_dir} (held-out gene loss {evaluation['eval_gene_loss']:.4f} nats, value loss "
+        f"{evaluation['eval_expression_loss']:.4f}). Load it from the folder above with: import "
+        "modeling_scdiva; "
+        f'AutoModel.from_pretrained("{args.output_dir.name}")'
+    )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""What one does with a trained model: one task a file."""
+
+from modeling_scdiva.tasks.embedding import CellTokenizer, embed_cells
+
+__all__ = ["CellTokenizer", "embed_cells"]

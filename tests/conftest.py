@@ -1,0 +1,72 @@
+"""Shared fixtures: made-up cells, their tokenizer, a small corpus, a tiny network, all seeded."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_scdiva import ScDivaConfig
+from tokenization_scdiva import (
+    CorpusSettings,
+    ScDivaTokenizer,
+    build_corpus,
+    build_vocabulary,
+    synthetic_cells,
+)
+
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# Tests never reach for the network; a hub name that is no local folder must fail at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # small tensors, and equal sums on every machine
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    if not REAL_DATA.is_dir():
+        pytest.skip("needs the real single-cell files in ../shared/data beside the checkout")
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def cell_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two h5ad files of synthetic cells, the second with half of the genes."""
+    folder = tmp_path_factory.mktemp("cells")
+    synthetic_cells(n_cells=150, n_genes=120, seed=1).write_h5ad(folder / "first.h5ad")
+    synthetic_cells(n_cells=90, n_genes=120, seed=2)[:, :60].copy().write_h5ad(folder / "second.h5ad")
+    return {"first": folder / "first.h5ad", "second": folder / "second.h5ad"}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(cell_files: dict[str, Path]) -> ScDivaTokenizer:
+    vocabulary, _ = build_vocabulary(cell_files, show_progress=False)
+    return ScDivaTokenizer(vocabulary=vocabulary, max_genes=48)
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(
+    cell_files: dict[str, Path], tokenizer: ScDivaTokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    settings = CorpusSettings(n_shards=2, validation_fraction=0.2, obs_keys=("cell_type",))
+    build_corpus(cell_files, folder, tokenizer=tokenizer, settings=settings, show_progress=False)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tokenizer: ScDivaTokenizer) -> ScDivaConfig:
+    """Two layers of width 32, with every switch of the recommended preset on."""
+    return ScDivaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        hidden_dropout=0.1,
+        exclude_visible_genes=True,
+        value_head="gene",
+        vocabulary_hash=tokenizer.vocabulary.content_hash,
+    )

@@ -1,0 +1,292 @@
+"""The pretraining loop: resume bit for bit, one process equals two, rates, logs, checkpoints, refusals.
+
+Run: pytest tests/test_training.py
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_scdiva import ScDivaForMaskedDiffusion
+from modeling_scdiva.training import (
+    PretrainingArguments,
+    evaluate,
+    learning_rate_at,
+    make_optimizer,
+    pretrain,
+)
+from modeling_scdiva.training_checkpoint import latest_checkpoint
+from modeling_scdiva.training_metrics import LossMeter, train_flops
+from tokenization_scdiva import CellBatchSampler, CellCorpus, ScDivaDataCollator
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# What a line of the log says of the cells and the weights, and not of the clock.
+EXACT_KEYS = (
+    "train_loss",
+    "train_gene_loss",
+    "train_expression_loss",
+    "learning_rate",
+    "grad_norm",
+    "eval_loss",
+)
+
+
+@pytest.fixture
+def make_loader(corpus_folder, tokenizer):
+    def make(split, *, batch_size=8, num_workers=0, depth="thin"):
+        cells = CellCorpus(corpus_folder, split, ranking_settings=tokenizer.ranking_settings)
+        sampler = CellBatchSampler(
+            cells.n_genes, batch_size=batch_size, max_genes=tokenizer.max_genes, shuffle=split == "train"
+        )
+        collator = ScDivaDataCollator.from_tokenizer(
+            tokenizer, depth_corruption=depth if split == "train" else "none"
+        )
+        return DataLoader(cells, batch_sampler=sampler, collate_fn=collator, num_workers=num_workers)
+
+    return make
+
+
+@pytest.fixture
+def make_model(tiny_config, tokenizer):
+    def make():
+        torch.manual_seed(0)
+        model = ScDivaForMaskedDiffusion(tiny_config)
+        model.set_gene_weights(tokenizer.ranking_weights)
+        return model
+
+    return make
+
+
+def run(make_model, make_loader, folder, *, n_steps, save_every=0, resume=False, stop_at=None, **settings):
+    """Train; with ``stop_at`` the loader breaks down after that many micro-batches, as a kill would."""
+    model = make_model()
+    train_loader = make_loader("train", num_workers=settings.pop("num_workers", 0))
+    if stop_at is not None:
+        collate, seen = train_loader.collate_fn, []
+
+        def breaking(batch):
+            seen.append(1)
+            if len(seen) > stop_at:
+                raise KeyboardInterrupt
+            return collate(batch)
+
+        train_loader.collate_fn = breaking
+    arguments = PretrainingArguments(
+        n_steps=n_steps, log_every=1, eval_every=5, save_every=save_every, learning_rate=1e-3, **settings
+    )
+    log = pretrain(
+        model,
+        train_loader=train_loader,
+        eval_loader=make_loader("validation"),
+        arguments=arguments,
+        accelerator=Accelerator(cpu=True),
+        output_dir=folder,
+        resume=resume,
+    )
+    return model, log
+
+
+def exact(log):
+    return [{key: line[key] for key in EXACT_KEYS if key in line} | {"step": line["step"]} for line in log]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_accumulation_steps": 2, "ema_decay": 0.9}],
+    ids=["plain", "accumulation_and_ema"],
+)
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(make_model, make_loader, tmp_path, settings):
+    # 24 batches an epoch: step 15 lies inside an epoch, 36 steps reach into the next one. Dropout is on.
+    whole, whole_log = run(make_model, make_loader, tmp_path / "whole", n_steps=36, save_every=15, **settings)
+    n_micro = settings.get("gradient_accumulation_steps", 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            make_model,
+            make_loader,
+            tmp_path / "parts",
+            n_steps=36,
+            save_every=15,
+            stop_at=20 * n_micro,
+            **settings,
+        )
+    assert latest_checkpoint(tmp_path / "parts").name == "checkpoint-00000015"
+    parts, parts_log = run(
+        make_model, make_loader, tmp_path / "parts", n_steps=36, save_every=15, resume=True, **settings
+    )
+    assert exact(parts_log) == exact(whole_log)
+    for (name, expected), found in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert torch.equal(expected, found), name
+    saved = [load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "parts")]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+def test_loader_workers_change_nothing(make_model, make_loader, tmp_path):
+    _, alone = run(make_model, make_loader, tmp_path / "alone", n_steps=6)
+    _, helped = run(make_model, make_loader, tmp_path / "helped", n_steps=6, num_workers=2)
+    assert exact(alone) == exact(helped)
+
+
+def test_training_lowers_the_held_out_loss(make_model, make_loader, tmp_path):
+    untrained = evaluate(make_model(), make_loader("validation"), accelerator=Accelerator(cpu=True))
+    _, log = run(make_model, make_loader, tmp_path, n_steps=60)
+    trained = [line for line in log if "eval_loss" in line][-1]
+    assert trained["eval_gene_loss"] < untrained["eval_gene_loss"] - 0.1
+    assert trained["eval_expression_loss"] < 0.5 * untrained["eval_expression_loss"]
+    # Fixed masks: the same weights give the same number again.
+    assert untrained == evaluate(make_model(), make_loader("validation"), accelerator=Accelerator(cpu=True))
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(corpus_folder, tiny_config, tmp_path):
+    config = tiny_config.to_diff_dict() | {"hidden_dropout": 0.0}
+    keep = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_dropout",
+            "exclude_visible_genes", "value_head", "max_position_embeddings"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({key: config[key] for key in keep if key in config}))
+    arguments = ["--corpus", corpus_folder, "--config", tmp_path / "config.json", "--batch_size", "8",
+                 "--n_steps", "5", "--log_every", "1", "--save_every", "0", "--eval_every", "0"]  # fmt: skip
+    script = [REPOSITORY / "examples" / "pretrain.py", *arguments]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    runs = [
+        subprocess.Popen(
+            [str(part) for part in [*launcher, *script, "--output_dir", tmp_path / name]],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for name, launcher in (("one", [sys.executable]), ("two", torchrun))
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=240)[0] for process in runs]
+    assert [process.returncode for process in runs] == [0, 0], "\n".join(outputs)
+    assert "on 2 x cpu" in outputs[1]
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "training_log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert len(logs[0]) == len(logs[1]) == 6
+    for one, two in zip(*logs, strict=True):
+        for key in ("train_loss", "train_gene_loss", "eval_loss", "n_cells_seen", "eval_n_cells"):
+            assert (key in one) == (key in two)
+            if key in one:
+                assert two[key] == pytest.approx(one[key], abs=1e-5), (one["step"], key)
+
+
+def test_learning_rate_rises_then_follows_a_cosine():
+    arguments = PretrainingArguments(n_steps=100, learning_rate=1.0, warmup_fraction=0.1)
+    rates = [learning_rate_at(step, arguments) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55)  # half way between the peak and its tenth
+    assert rates[99] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 89 / 90)))
+
+
+def test_only_matrices_decay(make_model):
+    model = make_model()
+    decayed, others = (
+        group["params"] for group in make_optimizer(model, PretrainingArguments(n_steps=1)).param_groups
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert len(decayed) + len(others) == len(names)
+    assert all(parameter.ndim >= 2 for parameter in decayed)
+    assert "model.embed_tokens.weight" in {names[id(parameter)] for parameter in others}
+    assert "lm_head.weight" in {names[id(parameter)] for parameter in decayed}
+
+
+def test_flop_formula_agrees_with_a_counter(make_model, make_loader):
+    model = make_model()
+    model.set_attn_implementation("eager")  # the counter sees plain matrix products only
+    batch = next(iter(make_loader("train")))
+    inputs = {name: tensor for name, tensor in batch.items() if name != "timestep"}
+    n_cells, width = inputs["input_ids"].shape
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs).loss.backward()
+    lengths = torch.full((n_cells,), width)
+    formula = train_flops(model.config, lengths, int((inputs["labels"] != -100).sum()))
+    assert formula == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_time_bins_hold_the_means_of_their_cells():
+    class Outputs:
+        loss = torch.tensor(3.0)
+        cell_gene_loss = torch.tensor([1.0, 2.0, 6.0])
+        cell_expression_loss = torch.tensor([0.1, 0.2, 0.3])
+
+    meter = LossMeter(Accelerator(cpu=True))
+    meter.update(Outputs(), torch.tensor([0.05, 0.1, 1.0]))  # 0.1 belongs to the first bin, (0, 0.1]
+    numbers = meter.pop("eval")
+    assert numbers["eval_gene_loss_t0"] == pytest.approx(1.5)
+    assert numbers["eval_gene_loss_t9"] == pytest.approx(6.0)
+    assert "eval_gene_loss_t5" not in numbers
+    assert numbers["eval_gene_loss"] == pytest.approx(3.0)
+    assert numbers["eval_n_cells"] == 3
+    assert meter.pop("eval")["eval_gene_loss"] == 0.0
+
+
+def test_checkpoints_rotate_by_step_number(make_model, make_loader, tmp_path):
+    run(make_model, make_loader, tmp_path, n_steps=12, save_every=3, keep_checkpoints=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-00000009",
+        "checkpoint-00000012",
+    ]
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_an_earlier_run_is_not_overwritten(make_model, make_loader, tmp_path):
+    run(make_model, make_loader, tmp_path, n_steps=2)
+    with pytest.raises(FileExistsError, match=r"holds checkpoint-00000002 of an earlier run\. Pass resume"):
+        run(make_model, make_loader, tmp_path, n_steps=2)
+
+
+def test_a_checkpoint_without_its_optimiser_is_refused(make_model, make_loader, tmp_path):
+    run(make_model, make_loader, tmp_path, n_steps=2)
+    (tmp_path / "checkpoint-00000002" / "optimizer.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks optimizer\.safetensors"):
+        run(make_model, make_loader, tmp_path, n_steps=4, resume=True)
+
+
+def test_moments_of_another_model_are_refused(make_model, make_loader, tmp_path):
+    run(make_model, make_loader, tmp_path, n_steps=2)
+    path = tmp_path / "checkpoint-00000002" / "optimizer.safetensors"
+    moments = load_file(path)
+    moments.pop("lm_head.weight/exp_avg")
+    save_file(moments, path)
+    with pytest.raises(ValueError, match=r"no exp_avg of lm_head\.weight: it belongs to another model"):
+        run(make_model, make_loader, tmp_path, n_steps=4, resume=True)
+
+
+def test_weights_of_another_network_are_refused(make_model, make_loader, tiny_config, tmp_path):
+    run(make_model, make_loader, tmp_path, n_steps=2)
+    tiny_config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match="does not fit the model of this run"):
+        run(make_model, make_loader, tmp_path, n_steps=4, resume=True)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(make_model, make_loader, tmp_path):
+    def spoilt():
+        model = make_model()
+        model.lm_head.weight.data[7] = math.nan
+        return model
+
+    with pytest.raises(FloatingPointError, match="gradient of step 1 is nan"):
+        run(spoilt, make_loader, tmp_path, n_steps=2)
+    assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_steps": 0}, "n_steps must be at least 1, got 0"),
+        ({"n_steps": 1, "warmup_fraction": 1.5}, r"warmup_fraction must lie in \[0, 1\], got 1.5"),
+        ({"n_steps": 1, "save_every": 15}, r"save_every \(15\) must be a multiple of log_every \(10\)"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainingArguments(**settings)
