@@ -1,7 +1,6 @@
 """Held-out denoising losses of a checkpoint beside every baseline, on the same fixed masks.
 
-    python benchmarks/run_denoising.py --model scdiva --corpus corpus \
-        --output benchmarks/results/YYYY-MM-DD_denoising.json
+    python benchmarks/run_denoising.py --model scdiva --corpus corpus --output benchmarks/results
 
 Fits the baselines on the training split of the corpus, masks its validation split with fixed times and no
 depth corruption, and writes losses in total and per bin of diffusion time, and by how much the model beats
@@ -26,7 +25,7 @@ from transformers import AutoTokenizer
 from modeling_scdiva import ScDivaForMaskedDiffusion
 from modeling_scdiva.metrics.denoising import evaluate_denoising, report_denoising
 from modeling_scdiva.metrics.denoising_baselines import BaselineFitter, DenoisingBaselines
-from modeling_scdiva.provenance import collect_provenance
+from modeling_scdiva.provenance import collect_provenance, result_path
 from modeling_scdiva.tasks.embedding import check_vocabulary
 from tokenization_scdiva import CellBatchSampler, CellCorpus, ScDivaDataCollator
 from tokenization_scdiva.files import atomic_path, write_json
@@ -48,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, required=True, help="folder with weights and tokenizer")
     parser.add_argument("--corpus", type=Path, required=True, help="corpus with a validation split")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file of results")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file, or folder")
     parser.add_argument("--batch_size", type=int, default=32, help="cells, and strata of diffusion time")
     parser.add_argument("--n_mask_draws", type=int, default=1, help="masks drawn of every held-out cell")
     parser.add_argument("--seed", type=int, default=0, help="of masks and times")
@@ -62,23 +61,16 @@ def fit_baselines(corpus: CellCorpus, tokenizer: Any) -> DenoisingBaselines:
         tokenizer.ranking_weights, tokenizer.max_genes, n_special_tokens=tokenizer.vocabulary.n_special_tokens
     )
     for start in range(0, len(corpus), CELLS_PER_READ):
-        cells = corpus.__getitems__(list(range(start, min(start + CELLS_PER_READ, len(corpus))))).cells
+        cells = corpus.__getitems__(range(start, min(start + CELLS_PER_READ, len(corpus)))).cells
         fitter.update(cells.token_ids, cells.values, cells.offsets)
     return fitter.finish()
 
 
-def masked_batches(
-    corpus: CellCorpus, tokenizer: Any, arguments: argparse.Namespace
-) -> Iterator[dict[str, torch.Tensor]]:
+def masked_batches(corpus: CellCorpus, tokenizer: Any, arguments: argparse.Namespace) -> Iterator[Any]:
     """Yield every held-out cell with fixed masks, once per draw."""
     collator = ScDivaDataCollator.from_tokenizer(tokenizer, seed=arguments.seed, depth_corruption="none")
-    sampler = CellBatchSampler(
-        corpus.n_genes,
-        batch_size=arguments.batch_size,
-        max_genes=tokenizer.max_genes,
-        seed=arguments.seed,
-        shuffle=False,
-    )
+    settings = {"batch_size": arguments.batch_size, "max_genes": tokenizer.max_genes, "seed": arguments.seed}
+    sampler = CellBatchSampler(corpus.n_genes, **settings, shuffle=False)
     for draw in range(arguments.n_mask_draws):
         sampler.set_epoch(draw)
         yield from DataLoader(corpus, batch_sampler=sampler, collate_fn=collator)
@@ -139,6 +131,7 @@ def print_table(numbers: dict[str, Any]) -> None:
 def main() -> None:
     """Evaluate, write, draw, print."""
     arguments = parse_arguments()
+    output = result_path(arguments.output, "denoising")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = ScDivaForMaskedDiffusion.from_pretrained(arguments.model).to(arguments.device).eval()
     check_vocabulary(model, tokenizer)
@@ -149,13 +142,15 @@ def main() -> None:
     baselines = fit_baselines(splits["train"], tokenizer)
     batches = masked_batches(splits["validation"], tokenizer, arguments)
     numbers = report_denoising(evaluate_denoising(batches, baselines=baselines, model=model))
-    settings = {key: getattr(arguments, key) for key in ("batch_size", "n_mask_draws", "seed")}
     config = model.config.to_diff_dict()
     log = arguments.model / "training_log.jsonl"
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
-    result = collect_provenance() | settings | numbers
+    result = collect_provenance() | numbers
     result |= {
         "benchmark": "denoising",
+        "seed": arguments.seed,
+        "batch_size": arguments.batch_size,
+        "n_mask_draws": arguments.n_mask_draws,
         "masks": "joint gene and value, t stratified over the batch, depth_corruption none",
         "baselines": f"fitted on {baselines.n_cells} training cells, max_genes {tokenizer.max_genes}",
         "corpus": {key: splits["train"].manifest[key] for key in ("build_hash", "ranking")}
@@ -167,11 +162,11 @@ def main() -> None:
             key: row[key] for row in lines for key in ("step", "epoch", "n_cells_seen") if key in row
         },
     }
-    write_json(arguments.output, result)
-    print(f"wrote {arguments.output}")
-    draw_time_bins(numbers, arguments.output.with_name(f"{arguments.output.stem}_time_bins.png"))
+    write_json(output, result)
+    print(f"wrote {output}")
+    draw_time_bins(numbers, output.with_name(f"{output.stem}_time_bins.png"))
     if lines:
-        draw_training(lines, numbers, arguments.output.with_name(f"{arguments.output.stem}_training.png"))
+        draw_training(lines, numbers, output.with_name(f"{output.stem}_training.png"))
     print_table(numbers)
     name = MAIN_BASELINE["gene"]
     gain = numbers["gene_gain_of_model_over"][name]

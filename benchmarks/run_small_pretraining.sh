@@ -6,7 +6,7 @@
 # DATA holds the files below (human, raw counts, more than 5,000 genes) and reference/{hgnc,gencode}_human.parquet.
 # Two cores take about an hour and a half; bf16 is worth it only where the processor has bf16 instructions.
 set -euo pipefail
-: "${DATA:?folder with the h5ad files}" "${RUN:=runs/small}" "${PRECISION:=no}" "${STEPS:=3400}" "${PYTHON:=.venv/bin/python}"
+: "${DATA:?folder with the h5ad files}" "${RUN:=runs/small}" "${PRECISION:=no}" "${STEPS:=2600}" "${PYTHON:=.venv/bin/python}"
 
 files=()
 for name in breast_tumour_unlabelled cellmix_celseq2_tian2019 crohn_gut_scp1884 kang2018_ifnb_pbmc \
@@ -26,4 +26,5 @@ done
     --batch_size 32 --learning_rate 6e-4 --ema_decay 0.998 --n_steps "$STEPS" \
     --log_every 20 --eval_every 400 --save_every 200 --resume
 "$PYTHON" benchmarks/run_denoising.py --model "$RUN/scdiva" --corpus "$RUN/corpus" --output benchmarks/results
-"$PYTHON" benchmarks/run_embedding_probes.py --model "$RUN/scdiva" --data "$DATA" --output benchmarks/results
+"$PYTHON" benchmarks/run_embedding_probes.py --model "$RUN/scdiva" --data "$DATA" --corpus "$RUN/corpus" \
+    --output benchmarks/results

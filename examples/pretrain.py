@@ -11,17 +11,14 @@ The corpus comes from data/build_corpus.py. The finished folder holds weights, c
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch.utils.data import DataLoader
 
-from modeling_scdiva import ScDivaConfig, ScDivaForMaskedDiffusion
+from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.training import PretrainingArguments, pretrain
-from tokenization_scdiva import CellBatchSampler, CellCorpus, ScDivaDataCollator, ScDivaTokenizer
+from tokenization_scdiva import ScDivaTokenizer, corpus_loader
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,49 +73,31 @@ def main() -> None:
         accelerator.init_trackers("pretrain")
     tokenizer = ScDivaTokenizer.from_pretrained(args.tokenizer or args.corpus / "tokenizer")
 
-    # Each process reads its share of every global micro-batch.
     if args.batch_size % args.gradient_accumulation_steps:
         msg = (
             f"--batch_size {args.batch_size} is no multiple of {args.gradient_accumulation_steps} "
             "micro-batches."
         )
         raise SystemExit(msg)
-    loaders = {}
-    for split in ("train", "validation"):
-        cells = CellCorpus(args.corpus, split, ranking_settings=tokenizer.ranking_settings)
-        is_train = split == "train"
-        sampler = CellBatchSampler(
-            cells.n_genes,
+    loaders = {
+        split: corpus_loader(
+            args.corpus,
+            split,
+            tokenizer=tokenizer,
             batch_size=args.batch_size // args.gradient_accumulation_steps,
-            max_genes=tokenizer.max_genes,
             seed=args.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            shuffle=is_train,
-        )
-        collator = ScDivaDataCollator.from_tokenizer(
-            tokenizer,
-            seed=args.seed,
-            masking_target=args.masking_target,
-            depth_corruption=args.depth_corruption if is_train else "none",
-        )
-        loaders[split] = DataLoader(
-            cells,
-            batch_sampler=sampler,
-            collate_fn=collator,
+            process=(accelerator.process_index, accelerator.num_processes),
             num_workers=args.num_workers,
-            pin_memory=accelerator.device.type == "cuda",
+            masking_target=args.masking_target,
+            depth_corruption=args.depth_corruption,
         )
+        for split in ("train", "validation")
+    }
     n_cells = {split: len(loader.dataset) for split, loader in loaders.items()}
     steps_per_epoch = loaders["train"].batch_sampler.batches_per_epoch // args.gradient_accumulation_steps
     n_steps = args.n_steps or max(1, round(args.n_epochs * steps_per_epoch))
 
-    set_seed(args.seed)
-    settings = json.loads(args.config.read_text("utf-8"))
-    settings |= {"vocab_size": len(tokenizer), "vocabulary_hash": tokenizer.vocabulary.content_hash}
-    model = ScDivaForMaskedDiffusion(ScDivaConfig(**settings))
-    if model.config.value_head == "gene":
-        model.set_gene_weights(tokenizer.ranking_weights)
+    model = fresh_model(args.config, tokenizer, seed=args.seed)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if args.compile:

@@ -113,7 +113,8 @@ class ScDivaModel(ScDivaPreTrainedModel):
             The last hidden state (B, S, D) and, when asked for, all states and attention weights.
 
         Raises:
-            ValueError: If ``expression_values`` did not come, or the cells are longer than the network is meant for.
+            ValueError: If ``expression_values`` did not come, or the cells are longer than the network is
+                meant for.
         """
         masks = self._position_masks(input_ids, inputs_embeds, attention_mask, is_masked)
         if expression_values is None:
@@ -125,7 +126,8 @@ class ScDivaModel(ScDivaPreTrainedModel):
         if gene_states.shape[1] > self.config.max_position_embeddings:
             msg = (
                 f"Cells have {gene_states.shape[1]} positions, the network is meant for "
-                f"{self.config.max_position_embeddings} (max_position_embeddings). Lower max_genes of the tokenizer."
+                f"{self.config.max_position_embeddings} (max_position_embeddings). Lower max_genes of the "
+                "tokenizer."
             )
             raise ValueError(msg)
         expression_values = expression_values.to(gene_states.dtype)

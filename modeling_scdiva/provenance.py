@@ -50,6 +50,28 @@ def collect_provenance(
     }
 
 
+def result_path(output: str | Path, slug: str) -> Path:
+    """Name a new result file; results are added, never changed.
+
+    Args:
+        output: A ``.json`` file, or a folder, which gives ``YYYY-MM-DD_slug.json`` in it, dated in UTC.
+        slug: What was measured, for the name in a folder.
+
+    Returns:
+        Path of a file that does not exist yet.
+
+    Raises:
+        FileExistsError: If it exists.
+    """
+    path = Path(output)
+    if path.suffix != ".json":
+        path /= f"{datetime.now(UTC):%Y-%m-%d}_{slug}.json"
+    if path.exists():
+        msg = f"{path} exists, and results are never overwritten. Choose another name with --output."
+        raise FileExistsError(msg)
+    return path
+
+
 def _published(word: str) -> str:
     """Shorten an absolute path, also behind ``--option=``, to its last part."""
     if Path(word).is_absolute():

@@ -5,8 +5,8 @@ width D, inner width F, V tokens:
 
     forward = layers * (8 S D^2 + 4 S^2 D + 6 S D F) + 2 S D^2 + 2 h S D^2 + m (2 D^2 + 2 D V)
 
-(projections, attention, SwiGLU; value encoder; value head, h = 2 if it reads the gene, else 1; gene head). Only real positions
-count, so padding shows as a lower MFU.
+(projections, attention, SwiGLU; value encoder; value head, h = 2 if it reads the gene, else 1; gene head).
+Only real positions count, so padding shows as a lower MFU.
 """
 
 import time
@@ -23,6 +23,19 @@ N_TIME_BINS = 10
 # Vendors' dense bf16 peaks in TFLOP/s; other devices are measured with a matrix product.
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
 GEMM_SIZE = 2048
+
+
+def time_bin(timestep: torch.Tensor) -> torch.Tensor:
+    """Say in which of the ten bins (0, 0.1], (0.1, 0.2], ... of diffusion time each cell lies.
+
+    Args:
+        timestep: (B,) diffusion times in (0, 1].
+
+    Returns:
+        (B,) int64 bins, from 0. Taken in float32: 0.1 belongs to the first bin, and in float64 its float32
+        neighbour would not.
+    """
+    return (timestep.float() * N_TIME_BINS).ceil().long().clamp(1, N_TIME_BINS) - 1
 
 
 class LossMeter:
@@ -49,7 +62,7 @@ class LossMeter:
             outputs: Of the model, with ``cell_gene_loss`` and ``cell_expression_loss`` (B,).
             timestep: (B,) diffusion times in (0, 1].
         """
-        bins = (timestep.cpu().float() * N_TIME_BINS).ceil().long().clamp(1, N_TIME_BINS) - 1
+        bins = time_bin(timestep.cpu())
         gene, expression = outputs.cell_gene_loss.cpu().double(), outputs.cell_expression_loss.cpu().double()
         self._weight = outputs.expression_loss_weight if hasattr(outputs, "expression_loss_weight") else None
         self._sums[0].index_add_(0, bins, gene)

@@ -1,12 +1,15 @@
 """Shared fixtures: made-up cells, their tokenizer, a small corpus, a tiny network, all seeded."""
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from modeling_scdiva import ScDivaConfig
+from modeling_scdiva import ScDivaForMaskedDiffusion
+from modeling_scdiva.fresh_model import fresh_model
 from tokenization_scdiva import (
     CorpusSettings,
     ScDivaTokenizer,
@@ -55,18 +58,32 @@ def corpus_folder(
     return folder
 
 
-@pytest.fixture
-def tiny_config(tokenizer: ScDivaTokenizer) -> ScDivaConfig:
-    """Two layers of width 32, with every switch of the recommended preset on."""
-    return ScDivaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        hidden_dropout=0.1,
-        exclude_visible_genes=True,
-        value_head="gene",
-        vocabulary_hash=tokenizer.vocabulary.content_hash,
-    )
+# Two layers of width 32, with every switch of the recommended preset on.
+TINY_NETWORK = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "hidden_dropout": 0.1,
+    "exclude_visible_genes": True,
+    "value_head": "gene",
+}
+
+
+@pytest.fixture(scope="session")
+def fresh_tiny_model(
+    tokenizer: ScDivaTokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., ScDivaForMaskedDiffusion]:
+    """Make tiny models for the tokenizer; keywords change the network."""
+
+    def make(**changes: object) -> ScDivaForMaskedDiffusion:
+        config_file = tmp_path_factory.mktemp("config") / "config.json"
+        config_file.write_text(json.dumps(TINY_NETWORK | changes))
+        return fresh_model(config_file, tokenizer)
+
+    return make
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden anew")

@@ -5,12 +5,14 @@ Run: python -m pytest tests/test_provenance.py
 """
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
-from modeling_scdiva.provenance import collect_provenance
+from modeling_scdiva.provenance import collect_provenance, result_path
 
 
 def git(folder: Path, *words: str) -> str:
@@ -54,3 +56,14 @@ def test_is_plain_json_with_versions_and_hardware() -> None:
     assert provenance["versions"]["torch"] == torch.__version__
     assert provenance["hardware"]["n_cores"] >= 1
     assert provenance["hardware"]["processor"]
+
+
+def test_results_are_named_by_date_and_never_overwritten(tmp_path: Path) -> None:
+    path = result_path(tmp_path, "denoising")
+    assert path.parent == tmp_path
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}_denoising\.json", path.name)
+    named = tmp_path / "new" / "result.json"
+    assert result_path(named, "denoising") == named
+    path.touch()
+    with pytest.raises(FileExistsError, match=r"_denoising\.json exists, and results are never overwritten"):
+        result_path(tmp_path, "denoising")

@@ -14,10 +14,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_scdiva import ScDivaForMaskedDiffusion
 from modeling_scdiva.training import (
     PretrainingArguments,
     evaluate,
@@ -27,7 +25,7 @@ from modeling_scdiva.training import (
 )
 from modeling_scdiva.training_checkpoint import latest_checkpoint
 from modeling_scdiva.training_metrics import LossMeter, train_flops
-from tokenization_scdiva import CellBatchSampler, CellCorpus, ScDivaDataCollator
+from tokenization_scdiva import corpus_loader
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # What a line of the log says of the cells and the weights, and not of the clock.
@@ -43,28 +41,17 @@ EXACT_KEYS = (
 
 @pytest.fixture
 def make_loader(corpus_folder, tokenizer):
-    def make(split, *, batch_size=8, num_workers=0, depth="thin"):
-        cells = CellCorpus(corpus_folder, split, ranking_settings=tokenizer.ranking_settings)
-        sampler = CellBatchSampler(
-            cells.n_genes, batch_size=batch_size, max_genes=tokenizer.max_genes, shuffle=split == "train"
+    def make(split, **settings):
+        return corpus_loader(
+            corpus_folder, split, tokenizer=tokenizer, batch_size=8, depth_corruption="thin", **settings
         )
-        collator = ScDivaDataCollator.from_tokenizer(
-            tokenizer, depth_corruption=depth if split == "train" else "none"
-        )
-        return DataLoader(cells, batch_sampler=sampler, collate_fn=collator, num_workers=num_workers)
 
     return make
 
 
 @pytest.fixture
-def make_model(tiny_config, tokenizer):
-    def make():
-        torch.manual_seed(0)
-        model = ScDivaForMaskedDiffusion(tiny_config)
-        model.set_gene_weights(tokenizer.ranking_weights)
-        return model
-
-    return make
+def make_model(fresh_tiny_model):
+    return fresh_tiny_model
 
 
 def run(make_model, make_loader, folder, *, n_steps, save_every=0, resume=False, stop_at=None, **settings):
@@ -146,11 +133,11 @@ def test_training_lowers_the_held_out_loss(make_model, make_loader, tmp_path):
     assert untrained == evaluate(make_model(), make_loader("validation"), accelerator=Accelerator(cpu=True))
 
 
-def test_two_processes_equal_one_with_the_same_global_batch(corpus_folder, tiny_config, tmp_path):
-    config = tiny_config.to_diff_dict() | {"hidden_dropout": 0.0}
-    keep = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_dropout",
-            "exclude_visible_genes", "value_head", "max_position_embeddings"}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps({key: config[key] for key in keep if key in config}))
+def test_two_processes_equal_one_with_the_same_global_batch(corpus_folder, fresh_tiny_model, tmp_path):
+    network = fresh_tiny_model().config.to_diff_dict()
+    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "value_head")
+    config = {field: network[field] for field in fields} | {"hidden_dropout": 0.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     arguments = ["--corpus", corpus_folder, "--config", tmp_path / "config.json", "--batch_size", "8",
                  "--n_steps", "5", "--log_every", "1", "--save_every", "0", "--eval_every", "0"]  # fmt: skip
     script = [REPOSITORY / "examples" / "pretrain.py", *arguments]
@@ -261,11 +248,10 @@ def test_moments_of_another_model_are_refused(make_model, make_loader, tmp_path)
         run(make_model, make_loader, tmp_path, n_steps=4, resume=True)
 
 
-def test_weights_of_another_network_are_refused(make_model, make_loader, tiny_config, tmp_path):
+def test_weights_of_another_network_are_refused(make_model, make_loader, tmp_path):
     run(make_model, make_loader, tmp_path, n_steps=2)
-    tiny_config.num_hidden_layers = 3
     with pytest.raises(ValueError, match="does not fit the model of this run"):
-        run(make_model, make_loader, tmp_path, n_steps=4, resume=True)
+        run(lambda: make_model(num_hidden_layers=3), make_loader, tmp_path, n_steps=4, resume=True)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(make_model, make_loader, tmp_path):
@@ -290,3 +276,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make_model, make_loader, tm
 def test_arguments_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PretrainingArguments(**settings)
+
+
+def test_a_tokenizer_with_longer_cells_than_the_network_is_refused(fresh_tiny_model):
+    with pytest.raises(ValueError, match=r"max_genes=48 genes .* has 40 positions"):
+        fresh_tiny_model(max_position_embeddings=40)

@@ -1,8 +1,9 @@
 """Counts in, tensors out: vocabulary, tokenizer, Arrow corpus and collator of scDiVa.
 
-The tokenizer travels to the Hub with a checkpoint (`*_scdiva.py`); corpus and collator are used where one trains, and
-are imported when they are first asked for, because AnnData and datasets take seconds to load. Importing this package
-registers the tokenizer with `AutoTokenizer`. Names not in `__all__` are reached by their module's path and may change.
+The tokenizer travels to the Hub with a checkpoint (`*_scdiva.py`); corpus and collator are used where one
+trains, and are imported when they are first asked for, because AnnData and datasets take seconds to load.
+Importing this package registers the tokenizer with `AutoTokenizer`. Names not in `__all__` are reached by
+their module's path and may change.
 """
 
 from importlib import import_module
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tokenization_scdiva.files import find_cell_files, open_cells
     from tokenization_scdiva.gene_entropy import GeneEntropy
     from tokenization_scdiva.gene_table import read_gene_tables
+    from tokenization_scdiva.loading import corpus_loader
     from tokenization_scdiva.synthetic import synthetic_cells
     from tokenization_scdiva.vocabulary_builder import build_vocabulary
 
@@ -36,6 +38,7 @@ __all__ = [
     "ScDivaTokenizer",
     "build_corpus",
     "build_vocabulary",
+    "corpus_loader",
     "find_cell_files",
     "open_cells",
     "read_counts",
@@ -53,6 +56,7 @@ LAZY_NAMES = {
     "ScDivaDataCollator": "collation",
     "build_corpus": "corpus_builder",
     "build_vocabulary": "vocabulary_builder",
+    "corpus_loader": "loading",
     "find_cell_files": "files",
     "open_cells": "files",
     "read_gene_tables": "gene_table",

@@ -135,7 +135,9 @@ def _build_identity(
         "format": CORPUS_FORMAT,
         "format_version": CORPUS_FORMAT_VERSION,
         "ranking": tokenizer.ranking_settings,
-        "settings": asdict(settings) | {"validation_values": list(settings.validation_values)},
+        "settings": {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()
+        },
         "value_kind": "log1p" if settings.expression_is_log1p else "counts",
         "files": {
             name: [path.name, path.stat().st_size if path.is_file() else 0] for name, path in files.items()

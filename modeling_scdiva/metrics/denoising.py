@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from modeling_scdiva.metrics.denoising_baselines import DenoisingBaselines
-from modeling_scdiva.training_metrics import N_TIME_BINS
+from modeling_scdiva.training_metrics import N_TIME_BINS, time_bin
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,7 @@ def mean_by_time(cell_losses: np.ndarray, timestep: np.ndarray) -> dict[str, Any
             f"One loss and one time per cell are wanted, got shapes {cell_losses.shape} and {timestep.shape}."
         )
         raise ValueError(msg)
-    # Float32, as in LossMeter: 0.1 belongs to the first bin, and in float64 its neighbour would not.
-    scaled = timestep.astype(np.float32) * np.float32(N_TIME_BINS)
-    bins = np.clip(np.ceil(scaled), 1, N_TIME_BINS).astype(np.int64) - 1
+    bins = time_bin(torch.as_tensor(timestep)).numpy()
     of_bins = [cell_losses[bins == row] for row in range(N_TIME_BINS)]
     n_cells = len(timestep)
     return {

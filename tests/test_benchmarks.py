@@ -1,0 +1,118 @@
+"""The benchmark scripts, run in-process on made-up cells: they finish, and their files hold what they must.
+
+Needs: the examples extra (matplotlib); no real data, no GPU.
+Run: python -m pytest tests/test_benchmarks.py
+"""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modeling_scdiva import ScDivaForMaskedDiffusion
+from tokenization_scdiva import ScDivaTokenizer, synthetic_cells
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+STATED = {"command", "commit", "date", "versions", "hardware", "seed", "config", "benchmark"}
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def model_folder(
+    fresh_tiny_model: Callable[..., ScDivaForMaskedDiffusion], tokenizer: ScDivaTokenizer, tmp_path: Path
+) -> Path:
+    fresh_tiny_model().save_pretrained(tmp_path / "scdiva")
+    tokenizer.save_pretrained(tmp_path / "scdiva")
+    log = [{"step": 1, "train_gene_loss": 5.0, "train_expression_loss": 1.0, "epoch": 0, "n_cells_seen": 8}]
+    log.append({"step": 1, "eval_gene_loss": 4.9, "eval_expression_loss": 0.9})
+    (tmp_path / "scdiva" / "training_log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    return tmp_path / "scdiva"
+
+
+def run(script: str, monkeypatch: pytest.MonkeyPatch, output: Path, **arguments: Any) -> dict[str, Any]:
+    words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", [script, *words, "--output", str(output)])
+    runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+    return json.loads(output.read_text("utf-8"))
+
+
+def test_denoising(
+    model_folder: Path,
+    corpus_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "results" / "denoising.json"
+    arguments = {"model": model_folder, "corpus": corpus_folder, "batch_size": 8, "device": "cpu"}
+    result = run("run_denoising.py", monkeypatch, output, **arguments)
+    assert result.keys() >= STATED
+    assert result["training"] == {"step": 1, "epoch": 0, "n_cells_seen": 8}
+    n_cells = result["corpus"]["n_cells"]["validation"]
+    losses = result["gene_loss"]
+    assert {entry["n_cells"] for entry in losses.values()} == {n_cells}
+    # Made-up cells have favourite genes and ranks; a network that was never trained knows neither.
+    assert losses["rank_unigram"]["mean"] < losses["unigram"]["mean"] < losses["uniform"]["mean"]
+    gain = result["gene_gain_of_model_over"]["rank_unigram"]
+    assert gain["mean"] == pytest.approx(losses["rank_unigram"]["mean"] - losses["model"]["mean"])
+    assert gain["mean"] < 0
+    assert len(gain["by_time_bin"]) == 10
+    assert str(tmp_path) not in output.read_text("utf-8")
+    for picture in ("denoising_time_bins.png", "denoising_training.png"):
+        assert (output.parent / picture).read_bytes().startswith(b"\x89PNG")
+    assert "model better than rank_unigram by -" in capsys.readouterr().out.splitlines()[-1]
+    again = run("run_denoising.py", monkeypatch, tmp_path / "again.json", **arguments, n_mask_draws=2)
+    assert again["gene_loss"]["model"]["n_cells"] == 2 * n_cells
+
+
+@pytest.fixture
+def labelled_folder(tmp_path: Path) -> Path:
+    """Three files under the names the script knows, none of them in the corpus."""
+    folder = tmp_path / "labelled"
+    folder.mkdir()
+    for seed, name in enumerate(("pbmc_facs_zheng2017", "kang2018_ifnb_pbmc", "crohn_gut_scp1884")):
+        adata = synthetic_cells(n_cells=150, n_genes=120, seed=seed)
+        adata.obs["cell_type_coarse"] = np.where(np.arange(150) < 20, "unspecified", adata.obs["cell_type"])
+        adata.obs["cell_type_source"] = np.where(np.arange(150) < 30, "transferred", "curated")
+        adata.write_h5ad(folder / f"{name}.h5ad")
+    return folder
+
+
+def test_embedding_probes(
+    model_folder: Path,
+    corpus_folder: Path,
+    labelled_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "probes.json"
+    arguments = {"model": model_folder, "data": labelled_folder, "corpus": corpus_folder, "device": "cpu"}
+    result = run("run_embedding_probes.py", monkeypatch, output, **arguments)
+    assert result.keys() >= STATED
+    n_scored = {name: entry["in_pretraining"]["of_cells"] for name, entry in result["results"].items()}
+    assert n_scored == {"pbmc_facs_zheng2017": 150, "kang2018_ifnb_pbmc": 120, "crohn_gut_scp1884": 130}
+    for entry in result["results"].values():
+        assert set(entry["all_cells"]) == {"scdiva_lat", "random_weights_lat", "pca_50", "depth"}
+        # The corpus of the fixtures has other files, so every cell counts as held out.
+        assert entry["in_pretraining"]["train"] == 0
+        assert entry["held_out_cells"] == entry["all_cells"]
+        assert entry["all_cells"]["pca_50"]["logistic_accuracy"] > 0.9
+
+
+def test_held_out_rows_are_those_of_the_corpus(corpus_folder: Path, tokenizer: ScDivaTokenizer) -> None:
+    script = runpy.run_path(str(BENCHMARKS / "run_embedding_probes.py"))
+    rows = {
+        split: script["pretraining_rows"](
+            script["CellCorpus"](corpus_folder, split, ranking_settings=tokenizer.ranking_settings)
+        )
+        for split in ("train", "validation")
+    }
+    for name, n_cells in (("first", 150), ("second", 90)):
+        assert rows["train"][name].isdisjoint(rows["validation"][name])
+        assert rows["train"][name] | rows["validation"][name] == set(range(n_cells))

@@ -1,0 +1,59 @@
+"""A corpus split as a loader of masked batches: corpus, sampler and collator put together."""
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from tokenization_scdiva.batch_sampler import CellBatchSampler
+from tokenization_scdiva.collation import ScDivaDataCollator
+from tokenization_scdiva.corpus import CellCorpus
+from tokenization_scdiva.tokenization_scdiva import ScDivaTokenizer
+
+
+def corpus_loader(
+    corpus: str | Path,
+    split: str,
+    *,
+    tokenizer: ScDivaTokenizer,
+    batch_size: int,
+    seed: int = 0,
+    process: tuple[int, int] = (0, 1),
+    num_workers: int = 0,
+    **corruption: Any,
+) -> DataLoader:
+    """Load one split of a corpus in masked batches.
+
+    Training cells are shuffled and grouped by length. Validation cells come in a fixed order, with fixed
+    masks and clean depth, so that a loss on them compares between steps, runs and models of one vocabulary.
+
+    Args:
+        corpus: Corpus folder.
+        split: ``train`` or ``validation``.
+        tokenizer: The tokenizer the corpus was built with; another one is refused.
+        batch_size: Cells of a batch, over all processes.
+        seed: Of order and corruption.
+        process: Number of this process and of all processes.
+        num_workers: Loader processes.
+        **corruption: Settings of `ScDivaDataCollator`: ``masking_target``, ``depth_corruption``, ...; those
+            of depth are for training cells only.
+
+    Returns:
+        A loader whose ``batch_sampler`` is a `CellBatchSampler`.
+    """
+    is_train = split == "train"
+    cells = CellCorpus(corpus, split, ranking_settings=tokenizer.ranking_settings)
+    rank, world_size = process
+    sampler = CellBatchSampler(
+        cells.n_genes,
+        batch_size=batch_size,
+        max_genes=tokenizer.max_genes,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        shuffle=is_train,
+    )
+    if not is_train:
+        corruption["depth_corruption"] = "none"
+    collator = ScDivaDataCollator.from_tokenizer(tokenizer, seed=seed, **corruption)
+    return DataLoader(cells, batch_sampler=sampler, collate_fn=collator, num_workers=num_workers)
