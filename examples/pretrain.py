@@ -11,10 +11,12 @@ The corpus comes from data/build_corpus.py. The finished folder holds weights, c
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import transformers
 from accelerate import Accelerator
+from torch.utils.data import DataLoader
 
 from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.training import PretrainingArguments, pretrain
@@ -22,11 +24,7 @@ from tokenization_scdiva import ScDivaTokenizer, corpus_loader
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line.
-
-    Returns:
-        The arguments.
-    """
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,23 +61,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Train."""
-    args = parse_arguments()
-    transformers.utils.logging.disable_progress_bar()  # one bar is enough
-    tracker = None if args.report_to == "none" else args.report_to
-    accelerator = Accelerator(log_with=tracker, project_dir=args.output_dir / "logs")
-    if tracker:
-        accelerator.init_trackers("pretrain")
-    tokenizer = ScDivaTokenizer.from_pretrained(args.tokenizer or args.corpus / "tokenizer")
-
+def make_loaders(
+    args: argparse.Namespace, tokenizer: ScDivaTokenizer, accelerator: Accelerator
+) -> dict[str, DataLoader]:
+    """Open both splits; each process reads its share of every global micro-batch."""
     if args.batch_size % args.gradient_accumulation_steps:
-        msg = (
-            f"--batch_size {args.batch_size} is no multiple of {args.gradient_accumulation_steps} "
-            "micro-batches."
-        )
-        raise SystemExit(msg)
-    loaders = {
+        n_micro = args.gradient_accumulation_steps
+        sys.exit(f"--batch_size {args.batch_size} is no multiple of {n_micro} micro-batches.")
+    return {
         split: corpus_loader(
             args.corpus,
             split,
@@ -93,6 +82,19 @@ def main() -> None:
         )
         for split in ("train", "validation")
     }
+
+
+def main() -> None:
+    """Train."""
+    args = parse_arguments()
+    transformers.utils.logging.disable_progress_bar()  # one bar is enough
+    tracker = None if args.report_to == "none" else args.report_to
+    accelerator = Accelerator(log_with=tracker, project_dir=args.output_dir / "logs")
+    if tracker:
+        accelerator.init_trackers("pretrain")
+    tokenizer = ScDivaTokenizer.from_pretrained(args.tokenizer or args.corpus / "tokenizer")
+
+    loaders = make_loaders(args, tokenizer, accelerator)
     n_cells = {split: len(loader.dataset) for split, loader in loaders.items()}
     steps_per_epoch = loaders["train"].batch_sampler.batches_per_epoch // args.gradient_accumulation_steps
     n_steps = args.n_steps or max(1, round(args.n_epochs * steps_per_epoch))

@@ -147,7 +147,8 @@ def main() -> None:
     draw(args, log, cells)
 
     # 3. What it is worth.
-    first, *_, last = (line for line in log if "eval_loss" in line)
+    held_out = [line for line in log if "eval_loss" in line]
+    first, last = held_out[0], held_out[-1]
     for name, unit in (("gene", "nats"), ("expression", "squared log1p units")):
         key = f"eval_{name}_loss"
         print(f"Held-out {name} loss: {first[key]:.3f} -> {last[key]:.3f} {unit}")

@@ -270,15 +270,12 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
         outputs = self.model(
             input_ids, expression_values, attention_mask, is_masked, position_ids, inputs_embeds, **kwargs
         )
-        hidden_states = outputs.last_hidden_state  # (B, S, D)
-        n_cells = hidden_states.shape[0]
+        hidden_states, n_cells = outputs.last_hidden_state, len(outputs.last_hidden_state)  # (B, S, D)
 
         # 1. Genes at n positions.
         is_wanted = masks.is_gene_masked if labels is None else masks.is_attended & (labels != -100)  # (B, S)
         rows = is_wanted.nonzero(as_tuple=True)  # cell and position of each, (n,) both
-        if output_all_logits is None:
-            output_all_logits = not self.config.sparse_prediction
-        if output_all_logits:
+        if output_all_logits or (output_all_logits is None and not self.config.sparse_prediction):
             cell_index = torch.arange(n_cells, device=hidden_states.device).unsqueeze(1)  # (B, 1)
             logits = self._gene_logits(hidden_states, cell_index, input_ids, masks.is_attended)  # (B, S, V)
             row_logits = logits[rows]  # (n, V)

@@ -196,6 +196,9 @@ def pretrain(
         unit=" steps",
         disable=not accelerator.is_main_process,
     )
+    if eval_loader is not None and run.progress.step == 0:
+        log.write({"step": 0} | run.evaluate(eval_loader))  # where the curves start
+        speed.restart()
     batches = _micro_batches(train_loader, run.progress)
     while run.progress.step < arguments.n_steps:
         run.take_step(batches, losses, speed)
@@ -296,7 +299,7 @@ class _Run:
                 outputs = self.wrapped(**inputs)
                 (outputs.loss / n_micro).backward()
             losses.update(outputs, timestep)
-            speed.update(inputs)
+            speed.update(batch)
             self.progress.n_cells += len(timestep) * self.accelerator.num_processes
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
         self.grad_norm = float(norm)

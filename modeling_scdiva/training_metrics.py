@@ -25,6 +25,21 @@ PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
 GEMM_SIZE = 2048
 
 
+def sum_over_processes(numbers: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """Add a tensor up over the processes of a run.
+
+    Args:
+        numbers: The same shape in every process.
+        accelerator: Knows the processes.
+
+    Returns:
+        The sum, in every process.
+    """
+    if accelerator.num_processes == 1:
+        return numbers
+    return accelerator.reduce(numbers.to(accelerator.device), reduction="sum")
+
+
 def time_bin(timestep: torch.Tensor) -> torch.Tensor:
     """Say in which of the ten bins (0, 0.1], (0.1, 0.2], ... of diffusion time each cell lies.
 
@@ -50,9 +65,11 @@ class LossMeter:
         self._reset()
 
     def _reset(self) -> None:
-        # Rows: gene loss, expression loss, weighted total, cells; columns: time bins. Float64: sums over many
-        # cells.
-        self._sums = torch.zeros(4, N_TIME_BINS, dtype=torch.float64)
+        # Rows: gene loss, expression loss, weighted total, cells; columns: time bins. On the device, so that
+        # no step waits for the numbers; float64, because sums run over many cells (Apple's GPUs have float32
+        # only).
+        dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        self._sums = torch.zeros(4, N_TIME_BINS, dtype=dtype, device=self.accelerator.device)
 
     @torch.no_grad()
     def update(self, outputs: Any, timestep: torch.Tensor) -> None:
@@ -62,13 +79,14 @@ class LossMeter:
             outputs: Of the model, with ``cell_gene_loss`` and ``cell_expression_loss`` (B,).
             timestep: (B,) diffusion times in (0, 1].
         """
-        bins = time_bin(timestep.cpu())
-        gene, expression = outputs.cell_gene_loss.cpu().double(), outputs.cell_expression_loss.cpu().double()
+        bins = time_bin(timestep)
+        gene, expression = outputs.cell_gene_loss, outputs.cell_expression_loss
+        gene, expression = gene.to(self._sums), expression.to(self._sums)
         self._weight = outputs.expression_loss_weight if hasattr(outputs, "expression_loss_weight") else None
         self._sums[0].index_add_(0, bins, gene)
         self._sums[1].index_add_(0, bins, expression)
         self._sums[3].index_add_(0, bins, torch.ones_like(gene))
-        self._sums[2, 0] += float(outputs.loss) * len(gene)
+        self._sums[2, 0] += outputs.loss * len(gene)
 
     def pop(self, prefix: str) -> dict[str, float]:
         """Return the means since the last call and start anew.
@@ -79,7 +97,7 @@ class LossMeter:
         Returns:
             ``*_loss``, ``*_gene_loss``, ``*_expression_loss``, ``*_n_cells`` and the losses of each time bin.
         """
-        sums = self.accelerator.reduce(self._sums.to(torch.float64), reduction="sum").cpu()
+        sums = sum_over_processes(self._sums, self.accelerator).cpu()
         self._reset()
         n_cells = sums[3].sum().clamp(min=1.0)
         numbers = {
@@ -140,16 +158,16 @@ class SpeedMeter:
         yield
         self._wait += time.perf_counter() - start
 
-    def update(self, inputs: dict[str, torch.Tensor]) -> None:
+    def update(self, batch: dict[str, torch.Tensor]) -> None:
         """Add one micro-batch.
 
         Args:
-            inputs: Model inputs.
+            batch: Model inputs as the loader gives them, not yet on the device.
         """
-        n_cells, width = inputs["input_ids"].shape
-        mask = inputs.get("attention_mask")
-        lengths = torch.full((n_cells,), width) if mask is None else mask.sum(dim=1).cpu()
-        n_masked = int((inputs["labels"] != -100).sum())
+        n_cells, width = batch["input_ids"].shape
+        mask = batch.get("attention_mask")
+        lengths = torch.full((n_cells,), width) if mask is None else mask.sum(dim=1)
+        n_masked = int((batch["labels"] != -100).sum())
         self._flops += train_flops(self.config, lengths, n_masked)
         self._cells += n_cells
         self._tokens += int(lengths.sum())
@@ -163,7 +181,7 @@ class SpeedMeter:
         """
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         counted = torch.tensor([self._cells, self._tokens, self._flops], dtype=torch.float64)
-        cells, tokens, flops = self.accelerator.reduce(counted, reduction="sum").tolist()
+        cells, tokens, flops = sum_over_processes(counted, self.accelerator).tolist()
         numbers = {
             "cells_per_s": cells / elapsed,
             "tokens_per_s": tokens / elapsed,

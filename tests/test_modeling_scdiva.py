@@ -498,14 +498,3 @@ def test_trainer_averages_over_micro_batches_itself():
     assert model.accepts_loss_kwargs is False
     inputs = make_inputs()
     assert model(**inputs, num_items_in_batch=torch.tensor(999)).loss == model(**inputs).loss
-
-
-def test_cells_longer_than_the_network_is_meant_for_are_refused():
-    config = ScDivaConfig(
-        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=4,
-    )  # fmt: skip
-    model = ScDivaModel(config)
-    model(torch.full((1, 4), 6), torch.ones(1, 4))
-    with pytest.raises(ValueError, match="Cells have 5 positions, the network is meant for 4"):
-        model(torch.full((1, 5), 6), torch.ones(1, 5))

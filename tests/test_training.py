@@ -157,7 +157,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(corpus_folder, fresh
         [json.loads(line) for line in (tmp_path / name / "training_log.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     ]
-    assert len(logs[0]) == len(logs[1]) == 6
+    assert len(logs[0]) == len(logs[1]) == 7
     for one, two in zip(*logs, strict=True):
         for key in ("train_loss", "train_gene_loss", "eval_loss", "n_cells_seen", "eval_n_cells"):
             assert (key in one) == (key in two)

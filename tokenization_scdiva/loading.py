@@ -56,4 +56,5 @@ def corpus_loader(
     if not is_train:
         corruption["depth_corruption"] = "none"
     collator = ScDivaDataCollator.from_tokenizer(tokenizer, seed=seed, **corruption)
-    return DataLoader(cells, batch_sampler=sampler, collate_fn=collator, num_workers=num_workers)
+    # The corpus hands over a batch as one object, not the list of items that the type asks for.
+    return DataLoader(cells, batch_sampler=sampler, collate_fn=collator, num_workers=num_workers)  # type: ignore[arg-type]
