@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--expression_is_log1p", action="store_true", help="your values are log1p, no counts")
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "tiny.json")
     parser.add_argument("--work_dir", type=Path, default=Path("demo"), help="cells, corpus, pictures")
-    parser.add_argument("--n_steps", type=int, default=500, help="optimiser updates")
+    parser.add_argument("--n_steps", type=int, default=600, help="optimiser updates")
     return parser.parse_args()
 
 
@@ -127,7 +127,9 @@ def main() -> None:
     # 1. Vocabulary, corpus, pretraining, all from the file.
     files, is_log1p = {"cells": args.work_dir / "cells.h5ad"}, args.expression_is_log1p
     vocabulary, _ = build_vocabulary(files, expression_is_log1p=is_log1p, show_progress=False)
-    tokenizer = ScDivaTokenizer(vocabulary=vocabulary, max_genes=256)
+    tokenizer = ScDivaTokenizer(
+        vocabulary=vocabulary, max_genes=128
+    )  # half of what a cell expresses: for speed
     settings = CorpusSettings(expression_is_log1p=is_log1p)
     build_corpus(files, args.work_dir / "corpus", tokenizer=tokenizer, settings=settings, show_progress=False)
     log = train(args, tokenizer)

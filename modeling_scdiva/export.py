@@ -7,8 +7,6 @@ Notable choices:
   loads it, tokenises and embeds cells, and the vectors must equal those of the source checkpoint.
 - The folder is written under another name and renamed, so half an export never looks like one.
 - No number on the card is typed. A result file without baselines is refused.
-
-Source: STYLE.md section 4, "Cards".
 """
 
 import argparse

@@ -81,7 +81,7 @@ def fill_model_card(
         "training_table": _table(
             [{"": name, "value": value} for name, value in _training(tokenizer).items()]
         ),
-        "result_tables": "\n\n".join(_result_section(Path(path)) for path in results)
+        "result_tables": "\n\n".join(result_section(Path(path)) for path in results)
         or "None were given when this folder was exported.",
     }
     try:
@@ -123,8 +123,18 @@ def _training(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-# Write heading, table, note and command of one result file.
-def _result_section(path: Path) -> str:
+def result_section(path: Path) -> str:
+    """Write heading, table, note and command of one result file.
+
+    Args:
+        path: JSON file as this module describes it.
+
+    Returns:
+        Markdown.
+
+    Raises:
+        ValueError: If the file is incomplete, or a row holds what cannot be printed.
+    """
     result = json.loads(path.read_text("utf-8"))
     missing = [key for key in NEEDED_KEYS if not result.get(key)]
     if missing:

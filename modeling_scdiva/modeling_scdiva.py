@@ -113,8 +113,7 @@ class ScDivaModel(ScDivaPreTrainedModel):
             The last hidden state (B, S, D) and, when asked for, all states and attention weights.
 
         Raises:
-            ValueError: If ``expression_values`` did not come, or the cells are longer than the network is
-                meant for.
+            ValueError: If ``expression_values`` did not come.
         """
         masks = self._position_masks(input_ids, inputs_embeds, attention_mask, is_masked)
         if expression_values is None:
@@ -123,13 +122,6 @@ class ScDivaModel(ScDivaPreTrainedModel):
             )
             raise ValueError(msg)
         gene_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, S, D)
-        if gene_states.shape[1] > self.config.max_position_embeddings:
-            msg = (
-                f"Cells have {gene_states.shape[1]} positions, the network is meant for "
-                f"{self.config.max_position_embeddings} (max_position_embeddings). Lower max_genes of the "
-                "tokenizer."
-            )
-            raise ValueError(msg)
         expression_values = expression_values.to(gene_states.dtype)
         value_states = self.value_embedding(
             expression_values, masks.is_measured, masks.is_hidden

@@ -22,7 +22,12 @@ REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Tests never reach for the network; a hub name that is no local folder must fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(1)  # small tensors, and equal sums on every machine
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Small tensors, and equal sums on every machine; other libraries change the number while they run."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,7 @@ def test_cells_of_similar_length_share_a_batch():
     assert padded / real < 1.05 < (chance.max(axis=1) * BATCH_SIZE).sum() / real
     # But batches come in no order of length: a run must not see all short cells first.
     means = np.array([batch.mean() for batch in drawn])
-    assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.3
+    assert (np.diff(means) < 0).mean() > 0.2
 
 
 def test_evaluation_covers_all_cells_once_with_fixed_times():

@@ -116,7 +116,7 @@ def test_cells_of_all_files_are_shuffled_across_shards(corpus_folder):
         table = corpus_module.Dataset.from_file(str(corpus_folder / shard["file"]))
         assert set(table["dataset_id"]) == {0, 1}
         cells = np.array(table["cell_index"])
-        assert abs(np.corrcoef(np.arange(len(cells)), cells)[0, 1]) < 0.3
+        assert 0.35 < (np.diff(cells) > 0).mean() < 0.65  # neighbours in the file are none here
     assert manifest["splits"]["train"]["n_cells"] + manifest["splits"]["validation"]["n_cells"] == 240
 
 
@@ -376,65 +376,6 @@ def test_empty_split_is_refused(cell_files, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"The split 'validation' .* holds no cell"):
         open_corpus(tmp_path, tokenizer, "validation")
     assert len(open_corpus(tmp_path, tokenizer)) == 240
-
-
-# --- who is held out ---
-
-
-def test_validation_by_cells(cell_files, tokenizer, corpus_folder):
-    train, held_out = (rows_of(corpus_folder, tokenizer, [split]) for split in ("train", "validation"))
-    assert not set(train) & set(held_out)
-    assert len(train) + len(held_out) == 240
-    assert abs(len(held_out) - 48) < 4 * np.sqrt(240 * 0.2 * 0.8)
-
-
-@pytest.mark.parametrize("key", ["donor_id", "dataset_id"])
-def test_validation_by_groups(cell_files, tokenizer, tmp_path, key):
-    settings = {"validation_key": key, "obs_keys": ("donor_id",), "n_shards": 2}
-    column = {"donor_id": "donor_id", "dataset_id": "dataset"}[key]
-    group = {"donor_id": "donor_1", "dataset_id": "second"}[key]
-    build(cell_files, tmp_path / "named", tokenizer, **settings, validation_values=(group,))
-    build(cell_files, tmp_path / "drawn", tokenizer, **settings, validation_fraction=0.01)
-    for folder in ("named", "drawn"):
-        groups = []
-        for split in ("train", "validation"):
-            corpus = open_corpus(tmp_path / folder, tokenizer, split)
-            groups.append({corpus.describe(index)[column] for index in range(len(corpus))})
-        assert len(groups[0]) == len(groups[1]) == 1
-        assert not groups[0] & groups[1]
-        assert folder == "drawn" or groups[1] == {group}
-
-
-def test_wrong_validation_groups_are_refused(cell_files, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"No cell has donor_id 'donor_9' .* 2 groups: donor_0, donor_1\."):
-        build(cell_files, tmp_path, tokenizer, validation_key="donor_id", validation_values=("donor_9",))
-    with pytest.raises(
-        KeyError, match="validation column 'sex' is missing in 'first', which has: cell_type, donor_id"
-    ):
-        build(cell_files, tmp_path, tokenizer, validation_key="sex")
-    with pytest.raises(
-        KeyError, match=r"No file has the obs column 'sex'\. Columns there are: cell_type, donor_id"
-    ):
-        build(cell_files, tmp_path, tokenizer, obs_keys=("sex",))
-    with pytest.raises(ValueError, match=r"All groups of 'dataset_id' \(first\) would be held out"):
-        build({"first": cell_files["first"]}, tmp_path, tokenizer, validation_key="dataset_id")
-    assert not list(tmp_path.glob("*.arrow"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"n_shards": 0}, "n_shards must be at least 1, got 0"),
-        ({"validation_fraction": 1.0}, r"validation_fraction must lie in \[0, 1\), got 1.0"),
-        ({"validation_values": ("a",)}, "say of which column with validation_key"),
-        ({"obs_keys": ("counts", "x")}, r"obs_keys may not hold the corpus' own columns, got \['counts'\]"),
-        ({"count_dtype": "int8"}, "count_dtype must be 'uint16' or 'uint32', got 'int8'"),
-        ({"min_genes": 0}, "min_genes must be at least 1, got 0"),
-    ],
-)
-def test_wrong_settings_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        CorpusSettings(**settings)
 
 
 # --- other files ---

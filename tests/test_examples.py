@@ -36,7 +36,7 @@ def test_pretrain_logs_saves_and_says_how_to_load(run_example, corpus_folder, tm
         "--save_every", 2, "--eval_every", 2, "--report_to", "tensorboard", "--depth_corruption", "thin",
     )  # fmt: skip
     first, *_, last = capsys.readouterr().out.strip().splitlines()
-    assert first.startswith("Pretraining scDiVa (0.2 M parameters")
+    assert first.startswith("Pretraining scDiVa (0.4 M parameters")
     assert "4 steps of 8 cells on 1 x cpu (no precision)." in first
     assert last.startswith("Saved scdiva (held-out gene loss ")
     assert 'AutoModel.from_pretrained("scdiva")' in last
@@ -45,7 +45,7 @@ def test_pretrain_logs_saves_and_says_how_to_load(run_example, corpus_folder, tm
     ]
     needed = {"train_loss", "train_gene_loss", "train_expression_loss", "learning_rate", "cells_per_s",
               "tokens_per_s", "mfu", "data_wait_fraction", "n_cells_seen"}  # fmt: skip
-    assert needed <= set(lines[0])
+    assert needed <= set(lines[1])
     assert [line["step"] for line in lines if "eval_gene_loss" in line] == [0, 2, 4]
     assert list((tmp_path / "scdiva" / "logs").rglob("events.out.tfevents*"))
     assert isinstance(AutoModel.from_pretrained("scdiva"), ScDivaModel)  # from the folder that holds it

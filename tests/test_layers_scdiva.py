@@ -149,18 +149,3 @@ def test_pooling_by_hand():
     assert pool_cells(states, mask, "mean").tolist() == [[3.0], [7.0], [0.0]]
     with pytest.raises(ValueError, match='"lat" or "mean", got \'max\''):
         pool_cells(states, mask, "max")
-
-
-def test_cells_longer_than_the_network_is_meant_for_are_refused():
-    config = ScDivaConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=4,
-    )
-    model = ScDivaModel(config)
-    model(torch.full((1, 4), 6), torch.ones(1, 4))
-    with pytest.raises(ValueError, match="Cells have 5 positions, the network is meant for 4"):
-        model(torch.full((1, 5), 6), torch.ones(1, 5))

@@ -249,16 +249,14 @@ class _Part:
                 writer.write_table(Features(features | ROUTE_COLUMNS).arrow_schema.empty_table())
             writer.finalize()
         check_count_overlap(match.report, matched, total, min_count_overlap=settings.min_count_overlap)
-        n_dropped = counts.n_cells - n_kept
+        reason, n_dropped = f"fewer than {settings.min_genes} vocabulary genes", counts.n_cells - n_kept
         return {
             "name": self.name,
             "file": self.path.name,
             "source": counts.source,
             "n_cells": counts.n_cells,
             "n_cells_kept": n_kept,
-            "n_cells_dropped": {f"fewer than {settings.min_genes} vocabulary genes": n_dropped}
-            if n_dropped
-            else {},
+            "n_cells_dropped": {reason: n_dropped} if n_dropped else {},
             "genes": match.report.to_dict(),
             "matched_fraction_of_counts": matched / total if total else 0.0,
             "n_rows": n_written,

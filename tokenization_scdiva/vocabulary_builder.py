@@ -6,7 +6,7 @@ gene: unmeasured is not zero.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,11 +65,9 @@ def build_vocabulary(  # noqa: PLR0913 (the arguments of data/build_vocabulary.p
             _add_cells(entropy, path, candidates, reading, bar)
     kept = _kept_genes(entropy, min_cells=min_cells, n_genes=n_genes)
     ids = [candidates.gene_ids[candidates.n_special_tokens + gene] for gene in kept]
-    symbols: Sequence[str]
+    symbols = [candidates.gene_symbols[candidates.n_special_tokens + gene] for gene in kept]
     aliases: Mapping[str, str] = {}
-    if gene_table is None:
-        symbols = [candidates.gene_symbols[candidates.n_special_tokens + gene] for gene in kept]
-    else:
+    if gene_table is not None:
         symbols, aliases = gene_table.names_for_vocabulary(ids)
     source = {
         "datasets": [report["name"] for report in reports],
