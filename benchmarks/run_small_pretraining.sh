@@ -19,6 +19,8 @@ done
 "$PYTHON" data/build_vocabulary.py "${files[@]}" --output "$RUN/tokenizer" \
     --gene_table "$DATA/reference/hgnc_human.parquet" "$DATA/reference/gencode_human.parquet" \
     --min_cells 5 --n_genes 4096 --max_genes 256
+"$PYTHON" benchmarks/run_corpus.py "${files[@]}" --tokenizer "$RUN/tokenizer" --obs_keys cell_type \
+    --output benchmarks/results
 "$PYTHON" data/build_corpus.py "${files[@]}" --tokenizer "$RUN/tokenizer" --output "$RUN/corpus" \
     --num-shards 2 --obs_keys cell_type
 "$PYTHON" -m accelerate.commands.launch --num_processes 1 --mixed_precision "$PRECISION" examples/pretrain.py \
@@ -27,4 +29,4 @@ done
     --log_every 20 --eval_every 400 --save_every 200 --resume
 "$PYTHON" benchmarks/run_denoising.py --model "$RUN/scdiva" --corpus "$RUN/corpus" --output benchmarks/results
 "$PYTHON" benchmarks/run_embedding_probes.py --model "$RUN/scdiva" --data "$DATA" --corpus "$RUN/corpus" \
-    --output benchmarks/results
+    --pooling lat mean --output benchmarks/results

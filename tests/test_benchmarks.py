@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from modeling_scdiva import ScDivaForMaskedDiffusion
+from modeling_scdiva.model_card import result_section
 from tokenization_scdiva import ScDivaTokenizer, synthetic_cells
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -116,3 +117,41 @@ def test_held_out_rows_are_those_of_the_corpus(corpus_folder: Path, tokenizer: S
     for name, n_cells in (("first", 150), ("second", 90)):
         assert rows["train"][name].isdisjoint(rows["validation"][name])
         assert rows["train"][name] | rows["validation"][name] == set(range(n_cells))
+
+
+def test_corpus(
+    cell_files: dict[str, Path], corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["run_corpus.py", *map(str, cell_files.values()), "--tokenizer",
+                      str(corpus_folder / "tokenizer"), "--output", str(tmp_path / "corpus.json")],
+    )  # fmt: skip
+    runpy.run_path(str(BENCHMARKS / "run_corpus.py"), run_name="__main__")
+    result = json.loads((tmp_path / "corpus.json").read_text("utf-8"))
+    assert result["rebuilding_gives_identical_bytes"]
+    assert result["shards_built_apart_equal_the_whole"]
+    assert result["n_cells_read"] == result["n_cells_kept"] == 240
+    assert [dataset["name"] for dataset in result["datasets"]] == ["first", "second"]
+
+
+def test_results_become_tables(
+    model_folder: Path,
+    corpus_folder: Path,
+    labelled_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    denoising, probes = tmp_path / "denoising.json", tmp_path / "probes.json"
+    common = {"model": model_folder, "corpus": corpus_folder, "device": "cpu"}
+    result = run("run_denoising.py", monkeypatch, denoising, batch_size=8, **common)
+    table = result_section(denoising)
+    assert f"| **scDiVa** | {result['gene_loss']['model']['mean']:.3f} |" in table
+    assert f"| rank_unigram | {result['gene_loss']['rank_unigram']['mean']:.3f} | - |" in table
+    run("run_embedding_probes.py", monkeypatch, probes, data=labelled_folder, **common)
+    table = result_section(probes)
+    rows = [
+        line for line in table.splitlines() if line.startswith("| pbmc_facs_zheng2017, all cells (150) |")
+    ]
+    assert [row.split("|")[2].strip() for row in rows] == [
+        "**scdiva_lat**", "random_weights_lat", "pca_50", "depth",
+    ]  # fmt: skip
