@@ -12,7 +12,7 @@ from pathlib import Path
 from modeling_scdiva.model_card import result_section
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(<!-- results: (.*?) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results:([^>]*?)-->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
 def updated(readme: str) -> str:
@@ -28,6 +28,9 @@ def updated(readme: str) -> str:
 def main() -> None:
     """Update the README in place."""
     path = REPOSITORY / "README.md"
+    if not BLOCK.search(path.read_text("utf-8")):
+        msg = f"{path.name} has no block of results: <!-- results: A.json --> ... <!-- end of results -->"
+        raise SystemExit(msg)
     path.write_text(updated(path.read_text("utf-8")), "utf-8")
     print(f"updated {path.name}")
 

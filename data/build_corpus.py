@@ -81,7 +81,6 @@ def main() -> None:
         min_count_overlap=args.min_count_overlap,
     )
     manifest = build_corpus(files, args.output, tokenizer=tokenizer, settings=settings, shards=args.shard)
-    tokenizer.save_pretrained(args.output / "tokenizer")
     elapsed = time.perf_counter() - start
     if manifest is None:
         print(

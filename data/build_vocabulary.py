@@ -40,6 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--min_cells", type=int, default=1, help="leave out genes seen in fewer cells")
     parser.add_argument("--n_genes", type=int, help="keep only the most variable genes")
+    parser.add_argument(
+        "--min_gene_overlap", type=float, default=0.1, help="least share of a file's genes in the gene table"
+    )
     parser.add_argument("--max_genes", type=int, default=1200, help="genes kept of a cell")
     parser.add_argument("--target_sum", type=float, default=1e4, help="molecules every cell is scaled to")
     parser.add_argument("--gene_order", choices=["entropy", "expression", "random"], default="entropy")
@@ -64,6 +67,7 @@ def main() -> None:
         target_sum=args.target_sum,
         min_cells=args.min_cells,
         n_genes=args.n_genes,
+        min_gene_overlap=args.min_gene_overlap,
     )
     tokenizer = ScDivaTokenizer(
         vocabulary=vocabulary,

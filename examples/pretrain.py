@@ -1,10 +1,12 @@
 """Pretrain scDiVa on an Arrow corpus by masked diffusion.
 
-    accelerate launch examples/pretrain.py --corpus corpus --config examples/configs/small.json --output_dir
-    scdiva accelerate launch --mixed_precision bf16 --num_processes 4 examples/pretrain.py ...      # GPUs
-    ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 examples/pretrain.py ...  # two CPU
-    processes ... --resume                                                                             # go on
-    after a stop
+    accelerate launch examples/pretrain.py --corpus corpus --config examples/configs/small.json
+
+Four GPUs, two CPU processes, and going on after a stop:
+
+    accelerate launch --multi_gpu --num_processes 4 --mixed_precision bf16 examples/pretrain.py ...
+    ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 examples/pretrain.py ...
+    accelerate launch examples/pretrain.py ... --resume
 
 The corpus comes from data/build_corpus.py. The finished folder holds weights, config, tokenizer and code:
 `AutoModel.from_pretrained("scdiva")`.
@@ -21,6 +23,7 @@ from torch.utils.data import DataLoader
 from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.training import PretrainingArguments, pretrain
 from tokenization_scdiva import ScDivaTokenizer, corpus_loader
+from tokenization_scdiva.corpus import read_manifest
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,6 +71,7 @@ def make_loaders(
     if args.batch_size % args.gradient_accumulation_steps:
         n_micro = args.gradient_accumulation_steps
         sys.exit(f"--batch_size {args.batch_size} is no multiple of {n_micro} micro-batches.")
+    n_cells = {split: content["n_cells"] for split, content in read_manifest(args.corpus)["splits"].items()}
     return {
         split: corpus_loader(
             args.corpus,
@@ -81,6 +85,7 @@ def make_loaders(
             depth_corruption=args.depth_corruption,
         )
         for split in ("train", "validation")
+        if split == "train" or n_cells[split]  # a corpus may do without held-out cells
     }
 
 
@@ -92,12 +97,14 @@ def main() -> None:
     accelerator = Accelerator(log_with=tracker, project_dir=args.output_dir / "logs")
     if tracker:
         accelerator.init_trackers("pretrain")
+    read_manifest(args.corpus)  # first, because its message says what is wrong with the folder
     tokenizer = ScDivaTokenizer.from_pretrained(args.tokenizer or args.corpus / "tokenizer")
 
     loaders = make_loaders(args, tokenizer, accelerator)
     n_cells = {split: len(loader.dataset) for split, loader in loaders.items()}
+    n_held_out = n_cells.get("validation", 0)
     steps_per_epoch = loaders["train"].batch_sampler.batches_per_epoch // args.gradient_accumulation_steps
-    n_steps = args.n_steps or max(1, round(args.n_epochs * steps_per_epoch))
+    n_steps = max(1, round(args.n_epochs * steps_per_epoch)) if args.n_steps is None else args.n_steps
 
     model = fresh_model(args.config, tokenizer, seed=args.seed)
     if args.gradient_checkpointing:
@@ -106,14 +113,14 @@ def main() -> None:
         model.model.compile()
     accelerator.print(
         f"Pretraining scDiVa ({model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer):,} tokens) on "
-        f"{n_cells['train']:,} cells of {args.corpus} ({n_cells['validation']:,} held out): {n_steps:,} "
+        f"{n_cells['train']:,} cells of {args.corpus} ({n_held_out:,} held out): {n_steps:,} "
         f"steps of {args.batch_size} cells on {accelerator.num_processes} x {accelerator.device.type} "
         f"({accelerator.mixed_precision} precision)."
     )
     log = pretrain(
         model,
         train_loader=loaders["train"],
-        eval_loader=loaders["validation"],
+        eval_loader=loaders.get("validation"),
         arguments=PretrainingArguments(
             n_steps=n_steps,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -130,12 +137,15 @@ def main() -> None:
         resume=args.resume,
         on_save=tokenizer.save_pretrained,
     )
-    evaluation = next(line for line in reversed(log) if "eval_loss" in line)
+    numbers = log[-1]  # held-out losses, if the corpus holds any cells out
+    kinds = {"gene": ("gene",), "expression": ("expression",)}.get(
+        args.masking_target, ("gene", "expression")
+    )
+    told = [f"{kind} loss {numbers[f'eval_{kind}_loss']:.4f}" for kind in kinds if "eval_loss" in numbers]
     accelerator.print(
-        f"Saved {args.output_dir} (held-out gene loss {evaluation['eval_gene_loss']:.4f} nats, value loss "
-        f"{evaluation['eval_expression_loss']:.4f}). Load it from the folder above with: import "
-        "modeling_scdiva; "
-        f'AutoModel.from_pretrained("{args.output_dir.name}")'
+        f"Saved {args.output_dir}, held-out {' and '.join(told) or 'loss unknown'}. Load it from the folder "
+        "above: "
+        f'import modeling_scdiva; AutoModel.from_pretrained("{args.output_dir.resolve().name}")'
     )
     accelerator.end_training()
 

@@ -4,10 +4,8 @@
     python examples/quickstart.py --input my_cells.h5ad --label_key cell_type
 
 Vocabulary, corpus, a short pretraining, save, `AutoModel.from_pretrained`, embedding; then 5-fold kNN and
-logistic regression of cell types on the frozen embedding, beside PCA on the same cells and the same network
-with random weights. The built-in cells are log-normalised, so they need `expression_is_log1p=True`: scDiVa
-refuses values that are not counts unless told. This is a demonstration: a few hundred cells make no
-foundation model.
+logistic regression of cell types on the frozen embedding, beside PCA and random weights. The built-in cells
+are log-normalised, so they need `expression_is_log1p=True`. A few hundred cells make no foundation model.
 """
 
 import argparse
@@ -21,8 +19,8 @@ import matplotlib
 import numpy as np
 import scanpy
 import torch
-import transformers
 from accelerate import Accelerator
+from scipy.sparse import csr_matrix, vstack
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_scdiva import ScDivaModel
@@ -30,11 +28,19 @@ from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.metrics import log_normalise, pca_features, probe_embedding
 from modeling_scdiva.tasks import embed_cells
 from modeling_scdiva.training import PretrainingArguments, pretrain
-from tokenization_scdiva import CorpusSettings, ScDivaTokenizer, build_corpus, build_vocabulary, corpus_loader
+from tokenization_scdiva import (
+    CorpusSettings,
+    ScDivaTokenizer,
+    build_corpus,
+    build_vocabulary,
+    corpus_loader,
+    read_counts,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+CONFIG = Path(__file__).parent / "configs" / "tiny.json"
 MODEL_FOLDER = Path("scdiva")
 MARKER = "quickstart.json"  # says that a folder is this script's to replace
 
@@ -45,7 +51,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--input", type=Path, help="your h5ad with raw counts; default: 700 PBMC from scanpy")
     parser.add_argument("--label_key", default="cell_type", help="obs column with cell types")
     parser.add_argument("--expression_is_log1p", action="store_true", help="your values are log1p, no counts")
-    parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "tiny.json")
     parser.add_argument("--work_dir", type=Path, default=Path("demo"), help="cells, corpus, pictures")
     parser.add_argument("--n_steps", type=int, default=600, help="optimiser updates")
     return parser.parse_args()
@@ -71,6 +76,11 @@ def get_cells(args: argparse.Namespace) -> anndata.AnnData:
         args.expression_is_log1p = True
     else:
         cells = anndata.read_h5ad(args.input)
+    folders = {MODEL_FOLDER.resolve(), args.work_dir.resolve()}
+    if args.input is not None and folders & set(args.input.resolve().parents):
+        sys.exit(
+            f"{args.input} lies in a folder that this script replaces. Move it, or name another --work_dir."
+        )
     if args.label_key not in cells.obs:
         sys.exit(f"No obs column {args.label_key!r}; there are {list(cells.obs)}. Name one as --label_key.")
     return cells
@@ -82,9 +92,8 @@ def train(args: argparse.Namespace, tokenizer: ScDivaTokenizer) -> list[dict[str
         split: corpus_loader(args.work_dir / "corpus", split, tokenizer=tokenizer, batch_size=32)
         for split in ("train", "validation")
     }
-    model = fresh_model(args.config, tokenizer)
-    n_cells = len(loaders["train"].dataset)
-    print(f"Pretraining {model.num_parameters():,} parameters on {n_cells} cells for {args.n_steps} steps.")
+    model = fresh_model(CONFIG, tokenizer)
+    print(f"Pretraining {model.num_parameters():,} parameters for {args.n_steps} steps of 32 cells.")
     return pretrain(
         model,
         train_loader=loaders["train"],
@@ -118,18 +127,16 @@ def main() -> None:
     """Run all steps and print the table."""
     start = time.perf_counter()
     args = parse_arguments()
-    transformers.utils.logging.disable_progress_bar()
-    prepare_folders(MODEL_FOLDER, args.work_dir)
     cells = get_cells(args)
+    counts = read_counts(cells, expression_is_log1p=args.expression_is_log1p)  # refuses what is not
+    prepare_folders(MODEL_FOLDER, args.work_dir)
     cells.write_h5ad(args.work_dir / "cells.h5ad")
     print(f"{cells.n_obs} cells x {cells.n_vars} genes, {cells.obs[args.label_key].nunique()} cell types.")
 
     # 1. Vocabulary, corpus, pretraining, all from the file.
     files, is_log1p = {"cells": args.work_dir / "cells.h5ad"}, args.expression_is_log1p
     vocabulary, _ = build_vocabulary(files, expression_is_log1p=is_log1p, show_progress=False)
-    tokenizer = ScDivaTokenizer(
-        vocabulary=vocabulary, max_genes=128
-    )  # half of what a cell expresses: for speed
+    tokenizer = ScDivaTokenizer(vocabulary=vocabulary, max_genes=128)  # few, for speed
     settings = CorpusSettings(expression_is_log1p=is_log1p)
     build_corpus(files, args.work_dir / "corpus", tokenizer=tokenizer, settings=settings, show_progress=False)
     log = train(args, tokenizer)
@@ -138,28 +145,31 @@ def main() -> None:
     model = AutoModel.from_pretrained(str(MODEL_FOLDER))
     tokenizer = AutoTokenizer.from_pretrained(str(MODEL_FOLDER))
     torch.manual_seed(1)
-    networks = {"scDiVa": model, "same network, random weights": ScDivaModel(model.config)}
+    networks = {"scDiVa": model, "random weights": ScDivaModel(model.config)}
     reading = {"expression_is_log1p": is_log1p, "pooling": "mean", "show_progress": False}
-    features = {
-        name: embed_cells(cells, model=network, tokenizer=tokenizer, **reading)
-        for name, network in networks.items()
-    }
-    features["PCA, 50 components"] = pca_features(cells.X if is_log1p else log_normalise(cells.X))
-    cells.obsm["X_scdiva"] = features["scDiVa"]
+    features = {}
+    for name, network in networks.items():
+        vectors = embed_cells(cells, model=network, tokenizer=tokenizer, **reading)
+        features[f"{name}, mean over genes"] = vectors
+    blocks, n_genes = counts.blocks(), counts.n_genes
+    matrix = vstack([csr_matrix((b.data, b.indices, b.indptr), (b.n_cells, n_genes)) for b in blocks])
+    n_components = min(50, *(size - 1 for size in matrix.shape))
+    expression = matrix if is_log1p else log_normalise(matrix)
+    features[f"PCA, {n_components} components"] = pca_features(expression, n_components=n_components)
+    cells.obsm["X_scdiva"] = features["scDiVa, mean over genes"]
     draw(args, log, cells)
 
     # 3. What it is worth.
-    held_out = [line for line in log if "eval_loss" in line]
-    first, last = held_out[0], held_out[-1]
+    first, last = log[0], log[-1]  # held-out losses before and after
     for name, unit in (("gene", "nats"), ("expression", "squared log1p units")):
         key = f"eval_{name}_loss"
         print(f"Held-out {name} loss: {first[key]:.3f} -> {last[key]:.3f} {unit}")
-    print(f"(uniform over the {vocabulary.n_genes} genes: {np.log(vocabulary.n_genes):.3f} nats)\n")
+    print(f"Uniform over all genes: {np.log(vocabulary.n_genes):.3f} nats\n")
     keys = ("knn_accuracy", "knn_macro_f1", "logistic_accuracy", "logistic_macro_f1")
-    print(f"{'frozen features, 5 folds':30}" + "".join(f"{key:>20}" for key in keys))
+    print(f"{'frozen features, 5 folds':32}" + "".join(f"{key:>20}" for key in keys))
     for name, matrix in features.items():
         scores = probe_embedding(matrix, cells.obs[args.label_key].to_numpy())
-        print(f"{name:30}" + "".join(f"{scores[key]:20.3f}" for key in keys))
+        print(f"{name:32}" + "".join(f"{scores[key]:20.3f}" for key in keys))
     print(f"\nModel in {MODEL_FOLDER}/, pictures in {args.work_dir}/umap.png and {args.work_dir}/loss.png.")
     seconds = time.perf_counter() - start
     print(f"Done in {seconds:.0f} s. Held-out gene loss {last['eval_gene_loss']:.3f} nats.")

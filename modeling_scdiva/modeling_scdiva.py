@@ -118,7 +118,8 @@ class ScDivaModel(ScDivaPreTrainedModel):
         masks = self._position_masks(input_ids, inputs_embeds, attention_mask, is_masked)
         if expression_values is None:
             msg = (
-                "expression_values did not come. Pass what the tokenizer returns, or zeros if all are hidden."
+                "expression_values did not come. Pass what the tokenizer returns for cells (text has no "
+                "expression), or zeros if all are hidden."
             )
             raise ValueError(msg)
         gene_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, S, D)

@@ -17,6 +17,11 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
 
+try:
+    from safetensors import SafetensorError
+except ImportError:  # never missing where transformers is; guarded because this file travels
+    SafetensorError = OSError  # type: ignore[assignment, misc]
+
 from .configuration_scdiva import ScDivaConfig
 from .layers_scdiva import ScDivaAttention, ScDivaLayer, ScDivaValueEmbedding, ScDivaValueHead
 
@@ -100,19 +105,24 @@ class ScDivaPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: If ``use_safetensors`` is False.
-            RuntimeError: If weights are missing, unexpected, of another shape, or not finite.
+            RuntimeError: If weights are missing, unexpected, of another shape or not finite, or their file is
+                damaged.
         """
         if use_safetensors is False:
             msg = "scDiVa reads safetensors only, got use_safetensors=False. Save the weights in that format."
             raise ValueError(msg)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # judged below, by name and shape
-            use_safetensors=True,
-            **kwargs,
-        )
+        try:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # judged below, by name and shape
+                use_safetensors=True,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            msg = f"The weights of {pretrained_model_name_or_path} are damaged ({error}). Fetch them again."
+            raise RuntimeError(msg) from error
         model, report = loaded
         problems = [f"not finite: {name}" for name in model._not_finite_weights()]
         if not ignore_mismatched_sizes:

@@ -12,16 +12,16 @@ Dimensions: B cells of one process's micro-batch, S positions, V vocabulary, D w
 """
 
 import hashlib
-import logging
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -31,19 +31,23 @@ from modeling_scdiva.modeling_scdiva import ScDivaForMaskedDiffusion
 from modeling_scdiva.training_checkpoint import (
     Progress,
     TrainingLog,
+    check_settings,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
 from modeling_scdiva.training_metrics import LossMeter, SpeedMeter
 
-logger = logging.getLogger(__name__)
+# Arguments that change what is written, not what is computed.
+BOOKKEEPING = ("log_every", "eval_every", "save_every", "keep_checkpoints")
+PLAIN_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class EpochSampler(Protocol):
     """What the loop needs of the loader's batch sampler."""
 
     batches_per_epoch: int
+    settings: dict[str, Any]
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the epoch, and how many of its batches to leave out."""
@@ -168,7 +172,7 @@ def pretrain(
         accelerator: Says where the run happens: processes, device, precision.
         output_dir: Folder of the model, of ``training_log.jsonl`` and of the checkpoints.
         resume: Go on from the newest checkpoint in ``output_dir``; without one, start.
-        on_save: Called with every folder that a model was saved to (the tokenizer goes there).
+        on_save: Called with every folder a model is saved to, checkpoints too (the tokenizer goes there).
 
     Returns:
         The lines of the log, one mapping per logged step or evaluation.
@@ -176,6 +180,7 @@ def pretrain(
     Raises:
         FileExistsError: If ``output_dir`` holds checkpoints and ``resume`` is not set.
     """
+    _refuse_unsupported(accelerator)
     output_dir = Path(output_dir)
     found = latest_checkpoint(output_dir)
     if found is not None and not resume:
@@ -185,9 +190,9 @@ def pretrain(
         )
         raise FileExistsError(msg)
     run = _Run(model, arguments, accelerator, output_dir, on_save)
-    if found is not None:
-        run.progress = load_checkpoint(found, run.model, run.optimizer, run.average)
-        logger.info("resumed from %s at step %d", found, run.progress.step)
+    run.settings = run_settings(arguments, train_loader, accelerator)
+    if resume:
+        run.resume(found)
     log = TrainingLog(output_dir / "training_log.jsonl", run.progress.step, accelerator)
     losses, speed = LossMeter(accelerator), SpeedMeter(model.config, accelerator)
     bar = tqdm(
@@ -220,6 +225,41 @@ def pretrain(
     bar.close()
     run.save_model(output_dir)
     return log.lines
+
+
+def run_settings(
+    arguments: PretrainingArguments, train_loader: DataLoader, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Collect what decides the numbers of a run; a checkpoint is resumed only with the same.
+
+    Args:
+        arguments: Run numbers; how often things are logged and saved does not matter.
+        train_loader: Its sampler, corpus and collator add their ``settings``.
+        accelerator: Adds the precision.
+
+    Returns:
+        Name -> value, as JSON would give it back.
+    """
+    settings: dict[str, Any] = {"mixed_precision": accelerator.mixed_precision}
+    settings |= {name: value for name, value in asdict(arguments).items() if name not in BOOKKEEPING}
+    for part in (train_loader.batch_sampler, train_loader.dataset, train_loader.collate_fn):
+        settings |= getattr(part, "settings", {})
+    return json.loads(json.dumps(settings))
+
+
+def _refuse_unsupported(accelerator: Accelerator) -> None:
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        msg = (
+            f"mixed_precision={accelerator.mixed_precision!r} needs loss scaling, which is not built. Use "
+            "bf16."
+        )
+        raise ValueError(msg)
+    if accelerator.distributed_type not in PLAIN_DATA_PARALLEL:
+        msg = (
+            f"{accelerator.distributed_type.value} is not supported: checkpoints here hold whole weights. "
+            "Launch with plain data parallelism (accelerate launch --multi_gpu)."
+        )
+        raise ValueError(msg)
 
 
 def evaluate(
@@ -277,7 +317,17 @@ class _Run:
         # Only the network is wrapped (DDP, autocast): rates, clip and resume are done here, in the open.
         self.wrapped = accelerator.prepare_model(self.model)
         self.progress = Progress()
+        self.settings: dict[str, Any] = {}
         self.grad_norm = self.learning_rate = 0.0
+
+    def resume(self, checkpoint: Path | None) -> None:
+        """Take up the run of a checkpoint, and say so; without one, start."""
+        if checkpoint is None:
+            self.accelerator.print(f"{self.output_dir} holds no checkpoint: starting at step 0.")
+            return
+        check_settings(checkpoint, self.settings)
+        self.progress = load_checkpoint(checkpoint, self.model, self.optimizer, self.average)
+        self.accelerator.print(f"Resuming from {checkpoint} at step {self.progress.step:,}.")
 
     def take_step(
         self, batches: Iterator[dict[str, torch.Tensor]], losses: LossMeter, speed: SpeedMeter
@@ -338,7 +388,9 @@ class _Run:
                 self.optimizer,
                 self.average,
                 self.progress,
-                self.arguments.keep_checkpoints,
+                settings=self.settings,
+                keep=self.arguments.keep_checkpoints,
+                on_save=self.on_save,
             )
         self.accelerator.wait_for_everyone()
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,10 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     average: AveragedModel | None,
     progress: Progress,
+    *,
+    settings: Mapping[str, Any],
     keep: int,
+    on_save: Callable[[Path], Any] | None = None,
 ) -> Path:
     """Write a checkpoint and delete the oldest ones.
 
@@ -74,7 +78,9 @@ def save_checkpoint(
         optimizer: Its optimiser.
         average: Its average weights, if any.
         progress: Counters.
+        settings: What decides the numbers of the run.
         keep: Checkpoints that stay.
+        on_save: Called with the folder while it is being written.
 
     Returns:
         The new folder.
@@ -83,6 +89,8 @@ def save_checkpoint(
     partial = output_dir / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
+    if on_save is not None:
+        on_save(partial)
     moments = {
         f"{name}/{moment}": optimizer.state[parameter][moment].cpu().contiguous()
         for name, parameter in model.named_parameters()
@@ -93,7 +101,8 @@ def save_checkpoint(
     if average is not None:
         averages = {name: tensor.cpu().contiguous() for name, tensor in average.state_dict().items()}
         save_file(averages, partial / AVERAGE_FILE)
-    (partial / PROGRESS_FILE).write_text(json.dumps(asdict(progress)), "utf-8")
+    stored = {"progress": asdict(progress), "settings": dict(settings)}
+    (partial / PROGRESS_FILE).write_text(json.dumps(stored, indent=1), "utf-8")
     for path in [*partial.iterdir(), partial]:
         _flush(path)
     shutil.rmtree(folder, ignore_errors=True)
@@ -141,7 +150,33 @@ def load_checkpoint(
             moment: moments[f"{name}/{moment}"].to(parameter.device)
             for moment in MOMENTS
         }
-    return Progress(**json.loads((folder / PROGRESS_FILE).read_text("utf-8")))
+    return Progress(**_stored(folder)["progress"])
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to resume a run with other settings.
+
+    Args:
+        folder: Checkpoint.
+        settings: Of the run that is to go on.
+
+    Raises:
+        ValueError: If any setting differs; the message names all that do.
+    """
+    stored = _stored(folder)["settings"]
+    names = sorted({*stored, *settings})
+    differing = [name for name in names if stored.get(name) != settings.get(name)]
+    if differing:
+        details = ", ".join(f"{name} {stored.get(name)} -> {settings.get(name)}" for name in differing)
+        msg = (
+            f"{folder} is of a run with other settings ({details}). Resume with those it was started with, "
+            "or start a new run in another folder."
+        )
+        raise ValueError(msg)
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / PROGRESS_FILE).read_text("utf-8"))
 
 
 def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:

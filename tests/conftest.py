@@ -59,7 +59,6 @@ def corpus_folder(
     folder = tmp_path_factory.mktemp("corpus")
     settings = CorpusSettings(n_shards=2, validation_fraction=0.2, obs_keys=("cell_type",))
     build_corpus(cell_files, folder, tokenizer=tokenizer, settings=settings, show_progress=False)
-    tokenizer.save_pretrained(folder / "tokenizer")
     return folder
 
 

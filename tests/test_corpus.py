@@ -60,7 +60,8 @@ def rows_of(folder, tokenizer, splits=("train", "validation")):
 
 
 def bytes_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    paths = [*folder.glob("*"), *folder.glob("tokenizer/*")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
 
 
 def write_cells(folder, name="cells", **changes):
@@ -234,6 +235,18 @@ def test_shards_built_apart_equal_the_whole(cell_files, tokenizer, tmp_path, who
     assert bytes_of(tmp_path) == whole
 
 
+def test_the_tokenizer_is_part_of_the_corpus(cell_files, tokenizer, tmp_path, whole):
+    names = {"tokenizer/gene_vocabulary.json", "tokenizer/tokenizer_config.json"}
+    assert names <= set(whole)
+    build(cell_files, tmp_path, tokenizer, n_shards=3, validation_fraction=0.2, shards=[1])
+    assert {name for name in bytes_of(tmp_path) if name.startswith("tokenizer/")} >= names
+    saved = ScDivaTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert saved.ranking_settings == tokenizer.ranking_settings
+    shutil.rmtree(tmp_path / "tokenizer")  # a corpus that lost its tokenizer gets it back
+    build(cell_files, tmp_path, tokenizer, n_shards=3, validation_fraction=0.2)
+    assert bytes_of(tmp_path) == whole
+
+
 def test_restart_after_a_file_that_fails_midway(cell_files, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_builder, "ROWS_PER_WRITE", 20)
     build(cell_files, tmp_path / "wanted", tokenizer, n_shards=2)
@@ -295,7 +308,8 @@ def test_left_overs_of_killed_runs_are_removed(cell_files, tokenizer, tmp_path, 
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
     build(cell_files, tmp_path, tokenizer, n_shards=3, validation_fraction=0.2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(whole)
+    assert bytes_of(tmp_path) == whole
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_another_build_in_the_same_folder_is_refused(cell_files, tokenizer, tmp_path):
@@ -304,6 +318,8 @@ def test_another_build_in_the_same_folder_is_refused(cell_files, tokenizer, tmp_
         ValueError, match="holds a corpus built from other files, another tokenizer or other settings"
     ):
         build(cell_files, tmp_path, tokenizer, n_shards=2, seed=1)
+    with pytest.raises(ValueError, match=r"built from other files.*shard-00000-of-00002\.json says"):
+        build(cell_files, tmp_path, tokenizer, n_shards=2, seed=1, shards=[1])
     with pytest.raises(ValueError, match="built from other files"):
         build({"first": cell_files["first"]}, tmp_path, tokenizer, n_shards=2, shards=[0])
     with pytest.raises(ValueError, match=r"holds shards of another number \(shard-00000-of-00002.json\)"):
@@ -334,6 +350,7 @@ def flip(path):
     ],
 )
 def test_damaged_shard_is_named_and_repaired(cell_files, tokenizer, tmp_path, whole, damage, error, message):
+    (tmp_path / "tokenizer").mkdir()
     for name, content in whole.items():
         (tmp_path / name).write_bytes(content)
     damage(tmp_path / "train-00001-of-00003.arrow")
@@ -392,8 +409,11 @@ def test_foreign_files_are_refused_by_name(cell_files, tokenizer, tmp_path):
     with pytest.raises(KeyError, match=r"first\.h5ad: There is no layer 'raw_counts'"):
         build(cell_files, tmp_path / "corpus", tokenizer, layer="raw_counts")
     (tmp_path / "foreign.h5ad").write_bytes(cell_files["first"].read_bytes()[:-1000])
-    with pytest.raises(OSError, match=r"foreign\.h5ad .* cannot be read as cells: .* Is it cut off\?"):
+    with pytest.raises(
+        OSError, match=r"foreign\.h5ad .* cannot be read as cells: .* Is it cut off\?"
+    ) as refusal:
         build(files, tmp_path / "corpus", tokenizer)
+    assert str(refusal.value).count("foreign.h5ad") == 1
 
 
 def write_10x(adata, folder):

@@ -15,7 +15,6 @@ import scipy.sparse as sp
 
 from tokenization_scdiva.counts_scdiva import Counts, read_counts
 
-REAL_DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 N_CELLS, N_GENES = 23, 11
 
 
@@ -377,8 +376,13 @@ def test_sparse_is_never_densified():
     assert counts.gene_totals().sum() == matrix.data.sum()
 
 
+@pytest.mark.parametrize("cells", ["cells.h5ad", Path("cells.h5ad")])
+def test_paths_are_refused(cells):
+    with pytest.raises(TypeError, match=r"got a path \(cells\.h5ad\); open it with anndata\.read_h5ad"):
+        read_counts(cells)
+
+
 @pytest.mark.real_data
-@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="needs ../shared/data beside the checkout")
 @pytest.mark.parametrize(
     ("name", "refusal"),
     [
@@ -388,8 +392,8 @@ def test_sparse_is_never_densified():
         ("sciplex3_mini_lognorm", "pass expression_is_log1p=True"),
     ],
 )
-def test_real_files(name, refusal):
-    adata = ad.read_h5ad(REAL_DATA / f"{name}.h5ad")
+def test_real_files(real_data, name, refusal):
+    adata = ad.read_h5ad(real_data / f"{name}.h5ad")
     if refusal is not None:
         with pytest.raises(ValueError, match=refusal):
             read_counts(adata)

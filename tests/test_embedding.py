@@ -4,6 +4,7 @@ Needs no data. Run: pytest tests/test_embedding.py
 """
 
 import copy
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -215,6 +216,12 @@ def test_nan_is_never_returned(adata, model, tokenizer):
 def test_impossible_arguments(adata, model, tokenizer, argument, message):
     with pytest.raises(ValueError, match=message):
         embed(adata, model, tokenizer, **argument)
+
+
+@pytest.mark.parametrize("path", ["cells.h5ad", Path("cells.h5ad")])
+def test_a_path_is_refused(model, tokenizer, path):
+    with pytest.raises(TypeError, match=r"got a path \(cells\.h5ad\); open it with anndata\.read_h5ad"):
+        embed(path, model, tokenizer)
 
 
 def test_lost_cells_are_noticed(adata, model, tokenizer):

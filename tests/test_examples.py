@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModel
 
 from modeling_scdiva import ScDivaModel
-from tokenization_scdiva import synthetic_cells
+from tokenization_scdiva import CorpusSettings, build_corpus, synthetic_cells
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXAMPLES = REPOSITORY / "examples"
@@ -38,7 +38,7 @@ def test_pretrain_logs_saves_and_says_how_to_load(run_example, corpus_folder, tm
     first, *_, last = capsys.readouterr().out.strip().splitlines()
     assert first.startswith("Pretraining scDiVa (0.4 M parameters")
     assert "4 steps of 8 cells on 1 x cpu (no precision)." in first
-    assert last.startswith("Saved scdiva (held-out gene loss ")
+    assert last.startswith("Saved scdiva, held-out gene loss ")
     assert 'AutoModel.from_pretrained("scdiva")' in last
     lines = [
         json.loads(line) for line in (tmp_path / "scdiva" / "training_log.jsonl").read_text().splitlines()
@@ -63,7 +63,7 @@ def test_quickstart_on_ones_own_counts(run_example, tmp_path, capsys):
     synthetic_cells(n_cells=120, n_genes=80, seed=5).write_h5ad(tmp_path / "mine.h5ad")
     run_example("quickstart.py", "--input", "mine.h5ad", "--n_steps", 20)
     out = capsys.readouterr().out
-    rows = [line for line in out.splitlines() if line.startswith(("scDiVa ", "same network", "PCA"))]
+    rows = [line for line in out.splitlines() if line.startswith(("scDiVa, ", "random weights", "PCA"))]
     assert len(rows) == 3
     assert all(0.0 <= float(number) <= 1.0 for row in rows for number in row.split()[-4:])
     assert out.strip().splitlines()[-1].startswith("Done in ")
@@ -81,6 +81,37 @@ def test_quickstart_refuses_log_values_without_the_flag(run_example, tmp_path):
     cells.write_h5ad(tmp_path / "log.h5ad")
     with pytest.raises(ValueError, match="expression_is_log1p"):
         run_example("quickstart.py", "--input", "log.h5ad")
+
+
+def test_quickstart_never_deletes_its_input(run_example, tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "quickstart.json").write_text("{}")
+    path = tmp_path / "demo" / "mine.h5ad"
+    synthetic_cells(n_cells=60, n_genes=80).write_h5ad(path)
+    with pytest.raises(SystemExit, match="lies in a folder that this script replaces"):
+        run_example("quickstart.py", "--input", "demo/mine.h5ad")
+    assert path.exists()
+    with pytest.raises(SystemExit, match=r"No obs column 'nope'; there are .*cell_type"):
+        run_example(
+            "quickstart.py", "--input", "demo/mine.h5ad", "--work_dir", "other", "--label_key", "nope"
+        )
+    assert path.exists()
+
+
+def test_pretrain_says_that_a_folder_is_no_corpus(run_example):
+    with pytest.raises(FileNotFoundError, match="nothere is no corpus, or its building was interrupted"):
+        run_example("pretrain.py", "--corpus", "nothere", "--config", EXAMPLES / "configs" / "tiny.json")
+
+
+def test_pretrain_does_without_held_out_cells(run_example, cell_files, tokenizer, tmp_path, capsys):
+    settings = CorpusSettings(validation_fraction=0.0)
+    build_corpus(cell_files, tmp_path / "all", tokenizer=tokenizer, settings=settings, show_progress=False)
+    tokenizer.save_pretrained(tmp_path / "all" / "tokenizer")
+    run_example(
+        "pretrain.py", "--corpus", "all", "--config", EXAMPLES / "configs" / "tiny.json", "--n_steps", 2,
+        "--batch_size", 8, "--masking_target", "gene",
+    )  # fmt: skip
+    assert "Saved scdiva, held-out loss unknown." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

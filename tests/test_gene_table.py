@@ -3,15 +3,12 @@
 Needs no data. Run: pytest tests/test_gene_table.py
 """
 
-from pathlib import Path
-
 import pandas as pd
 import pytest
 
 from tokenization_scdiva.gene_table import canonical_genes, read_gene_tables
+from tokenization_scdiva.genes_scdiva import find_genes
 from tokenization_scdiva.vocabulary_scdiva import GeneVocabulary
-
-REFERENCE = Path(__file__).parents[1] / ".." / "shared" / "data" / "reference"
 
 HGNC = pd.DataFrame(
     [
@@ -45,6 +42,13 @@ GENCODE = pd.DataFrame(
     ],
     columns=["ensembl_id", "gene_symbol"],
 )
+
+
+def resolve(table, names):
+    """Gene and evidence of each of some different names, None for a name that means no gene or several."""
+    ids = dict(zip(table.symbols, table.symbols, strict=True))
+    found = find_genes({"names": [name or None for name in names]}, ids, table.symbol_ids, table.alias_ids)
+    return [(gene_id, how.removeprefix("by_")) if gene_id else None for gene_id, how in found]
 
 
 @pytest.fixture
@@ -83,14 +87,7 @@ def table(tmp_path):
     ],
 )
 def test_hand_made_tables(table, name, expected):
-    assert table.resolve(name) == expected
-
-
-def test_names_of_a_gene(table):
-    assert table.names_for("ENSG01") == ("SEPTIN9", ("AF17q25", "SEPT9"))
-    assert table.names_for("ENSG07") == ("ARMC4", ("ODAD2",))
-    assert table.names_for("ENSG12") == ("ENSG12", ())
-    assert table.names_for("ENSG99") == ("ENSG99", ())
+    assert resolve(table, [name]) == [expected]
 
 
 def test_names_for_a_vocabulary(table):
@@ -103,9 +100,12 @@ def test_names_for_a_vocabulary(table):
 
 def test_every_name_resolves_to_its_gene(table):
     for gene_id in table.symbols:
-        symbol, others = table.names_for(gene_id)
-        assert table.resolve(symbol) in {(gene_id, "symbol"), (gene_id, "id"), ("ENSG08", "symbol"), None}
-        assert [table.resolve(name) for name in others] == [(gene_id, "alias")] * len(others)
+        (symbol,), others = table.names_for_vocabulary([gene_id])
+        (found,) = resolve(table, [symbol])
+        assert found in {(gene_id, "symbol"), (gene_id, "id"), ("ENSG08", "symbol"), None}
+        assert [found for name in others for found in resolve(table, [name])] == [
+            (gene_id, "alias") for _ in others
+        ]
     assert not set(table.alias_ids) & (set(table.symbols) | set(table.symbols.values()))
 
 
@@ -124,7 +124,7 @@ def test_file_kinds_agree(tmp_path, ending, table):
 def test_one_path_and_other_column_names(tmp_path):
     frame = GENCODE.rename(columns={"ensembl_id": "Gene_ID", "gene_symbol": "gene_name"})
     frame.to_csv(tmp_path / "genes.tsv", sep="\t", index=False)
-    assert read_gene_tables(str(tmp_path / "genes.tsv")).resolve("NOVEL") == ("ENSG14", "symbol")
+    assert resolve(read_gene_tables(str(tmp_path / "genes.tsv")), ["NOVEL"]) == [("ENSG14", "symbol")]
 
 
 def test_canonical_genes_with_a_table(table):
@@ -173,9 +173,9 @@ def test_wrong_files_are_refused(tmp_path):
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs ../shared/data beside the checkout")
-def test_real_tables():
-    table = read_gene_tables([REFERENCE / "hgnc_human.parquet", REFERENCE / "gencode_human.parquet"])
+def test_real_tables(real_data):
+    reference = real_data / "reference"
+    table = read_gene_tables([reference / "hgnc_human.parquet", reference / "gencode_human.parquet"])
     expected = {
         "TSPAN6": ("ENSG00000000003", "symbol"),
         "SEPT9": ("ENSG00000184640", "alias"),
@@ -185,10 +185,11 @@ def test_real_tables():
         "TBCE": ("ENSG00000284770", "symbol"),
         "Y_RNA": None,
     }
-    assert {name: table.resolve(name) for name in expected} == expected
+    assert {name: resolve(table, [name])[0] for name in expected} == expected
     # Second implementation, on the one-to-one part: a pandas join of symbol and id.
-    hgnc = pd.read_parquet(REFERENCE / "hgnc_human.parquet")
+    hgnc = pd.read_parquet(reference / "hgnc_human.parquet")
     hgnc = hgnc[hgnc.status.eq("Approved") & hgnc.ensembl_gene_id.ne("")].drop_duplicates(
         "ensembl_gene_id", keep=False
     )
-    assert [table.resolve(symbol) for symbol in hgnc.symbol] == [(i, "symbol") for i in hgnc.ensembl_gene_id]
+    found = resolve(table, hgnc.symbol.tolist())
+    assert found == [(i, "symbol") for i in hgnc.ensembl_gene_id]

@@ -5,7 +5,6 @@ Needs no data. Run: pytest tests/test_genes_scdiva.py
 
 import json
 import logging
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -26,7 +25,6 @@ from tokenization_scdiva.genes_scdiva import (
 )
 from tokenization_scdiva.vocabulary_scdiva import GeneVocabulary
 
-REAL_DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 GENES = {
     "ENSG00000000003": "TSPAN6",
     "ENSG00000167286": "CD3D",
@@ -322,9 +320,8 @@ def test_likely_species():
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="needs ../shared/data beside the checkout")
-def test_real_files():
-    reference = REAL_DATA / "reference"
+def test_real_files(real_data):
+    reference = real_data / "reference"
     table = read_gene_tables([reference / "hgnc_human.parquet", reference / "gencode_human.parquet"])
     symbols, aliases = table.names_for_vocabulary(table.symbols)
     vocabulary = GeneVocabulary(list(table.symbols), symbols, aliases=aliases)
@@ -333,7 +330,7 @@ def test_real_files():
         "kang2018_ifnb_pbmc": 0.97,
         "crohn_gut_scp1884": 0.87,
     }.items():
-        adata = ad.read_h5ad(REAL_DATA / f"{name}.h5ad", backed="r")
+        adata = ad.read_h5ad(real_data / f"{name}.h5ad", backed="r")
         columns = gene_name_columns(adata)
         match = match_genes(columns, vocabulary, gene_totals=adata.var["n_cells"].to_numpy())
         assert match.report.n_matched >= least * adata.n_vars
@@ -343,7 +340,7 @@ def test_real_files():
         assert [vocabulary.gene_ids[i] for i in match.token_ids[used]] == [
             gene_id for gene_id, is_used in zip(gene_ids, used, strict=True) if is_used
         ]
-    mouse = ad.read_h5ad(REAL_DATA / "mouse_brain_merfish_mini.h5ad", backed="r")
+    mouse = ad.read_h5ad(real_data / "mouse_brain_merfish_mini.h5ad", backed="r")
     with pytest.raises(ValueError, match="look like mouse genes, the vocabulary is human"):
         match_genes(gene_name_columns(mouse), vocabulary)
     with pytest.raises(ValueError, match="look like mouse or rat genes"):

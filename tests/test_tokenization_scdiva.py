@@ -4,6 +4,7 @@ Needs no data. Run: pytest tests/test_tokenization_scdiva.py
 """
 
 import json
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -218,6 +219,28 @@ def test_wrong_calls_are_refused(tokenizer, cells):
 
 
 @pytest.mark.parametrize(
+    "numbers", [[[1, 2, 3], [4, 5, 6]], ((1.0, 2.0),), [1, 2, 3], [np.arange(3)], [[Path("x")]]]
+)
+def test_numbers_are_no_text(tokenizer, numbers):
+    for call in ({"cells": numbers}, {"text": numbers}):
+        with pytest.raises(ValueError, match=r"needs gene_ids="):
+            tokenizer(**call)
+
+
+def test_paths_are_refused(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cells").touch()
+    message = r"got a path \((missing|cells)(\.h5ad|\.h5)?\); open it with anndata\.read_h5ad"
+    for path in ("missing.h5ad", "missing.h5", "cells", Path("cells"), Path("missing")):
+        for call in (tokenizer, tokenizer.encode_anndata, lambda path: next(tokenizer.iter_cells(path))):
+            with pytest.raises(TypeError, match=message):
+                call(path)
+        with pytest.raises(TypeError, match=message):
+            tokenizer(path, gene_ids=GENE_IDS)
+    assert tokenizer("missing " * 1000)["input_ids"] == [2] + [3] * 1000
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"max_genes": 0}, "max_genes must be at least 1, got 0"),
@@ -233,8 +256,17 @@ def test_wrong_settings_are_refused(tokenizer, settings, message):
 
 
 def test_vocabulary_is_needed():
-    with pytest.raises(ValueError, match=r"needs a gene vocabulary, and no gene_vocabulary.json came"):
+    with pytest.raises(ValueError, match=r"needs a gene vocabulary; pass vocabulary=\.\.\. or a gene_voc"):
         ScDivaTokenizer()
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"'nothere' does not exist; wanted is the folder of a saved"):
+        ScDivaTokenizer.from_pretrained("nothere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty' holds no gene_vocabulary\.json; wanted is the folder"):
+        ScDivaTokenizer.from_pretrained(tmp_path / "empty")
 
 
 # --- back to AnnData ---

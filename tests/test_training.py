@@ -25,7 +25,7 @@ from modeling_scdiva.training import (
 )
 from modeling_scdiva.training_checkpoint import latest_checkpoint
 from modeling_scdiva.training_metrics import LossMeter, train_flops
-from tokenization_scdiva import corpus_loader
+from tokenization_scdiva import ScDivaTokenizer, corpus_loader
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # What a line of the log says of the cells and the weights, and not of the clock.
@@ -67,6 +67,7 @@ def run(make_model, make_loader, folder, *, n_steps, save_every=0, resume=False,
                 raise KeyboardInterrupt
             return collate(batch)
 
+        breaking.settings = collate.settings
         train_loader.collate_fn = breaking
     arguments = PretrainingArguments(
         n_steps=n_steps, log_every=1, eval_every=5, save_every=save_every, learning_rate=1e-3, **settings
@@ -235,7 +236,7 @@ def test_a_checkpoint_without_its_optimiser_is_refused(make_model, make_loader, 
     run(make_model, make_loader, tmp_path, n_steps=2)
     (tmp_path / "checkpoint-00000002" / "optimizer.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks optimizer\.safetensors"):
-        run(make_model, make_loader, tmp_path, n_steps=4, resume=True)
+        run(make_model, make_loader, tmp_path, n_steps=2, resume=True)
 
 
 def test_moments_of_another_model_are_refused(make_model, make_loader, tmp_path):
@@ -245,13 +246,13 @@ def test_moments_of_another_model_are_refused(make_model, make_loader, tmp_path)
     moments.pop("lm_head.weight/exp_avg")
     save_file(moments, path)
     with pytest.raises(ValueError, match=r"no exp_avg of lm_head\.weight: it belongs to another model"):
-        run(make_model, make_loader, tmp_path, n_steps=4, resume=True)
+        run(make_model, make_loader, tmp_path, n_steps=2, resume=True)
 
 
 def test_weights_of_another_network_are_refused(make_model, make_loader, tmp_path):
     run(make_model, make_loader, tmp_path, n_steps=2)
     with pytest.raises(ValueError, match="does not fit the model of this run"):
-        run(lambda: make_model(num_hidden_layers=3), make_loader, tmp_path, n_steps=4, resume=True)
+        run(lambda: make_model(num_hidden_layers=3), make_loader, tmp_path, n_steps=2, resume=True)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(make_model, make_loader, tmp_path):
@@ -281,3 +282,65 @@ def test_arguments_out_of_range_are_refused(settings, message):
 def test_a_tokenizer_with_longer_cells_than_the_network_is_refused(fresh_tiny_model):
     with pytest.raises(ValueError, match=r"max_genes=48 genes .* has 40 positions"):
         fresh_tiny_model(max_position_embeddings=40)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 5}, r"seed 0 -> 5"),
+        ({"ema_decay": 0.9}, r"ema_decay 0\.0 -> 0\.9"),
+        ({"n_steps": 9}, r"n_steps 4 -> 9"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(make_model, make_loader, tmp_path, changes, message):
+    run(make_model, make_loader, tmp_path, n_steps=4, save_every=2)
+    with pytest.raises(
+        ValueError, match=rf"checkpoint-00000004 is of a run with other settings \({message}\)"
+    ):
+        run(make_model, make_loader, tmp_path, resume=True, **({"n_steps": 4, "save_every": 2} | changes))
+
+
+def test_a_run_is_not_resumed_on_other_batches_or_masks(make_model, corpus_folder, tokenizer, tmp_path):
+    def train(**settings):
+        loader = corpus_loader(corpus_folder, "train", tokenizer=tokenizer, **({"batch_size": 8} | settings))
+        pretrain(
+            make_model(), train_loader=loader, eval_loader=None, arguments=PretrainingArguments(n_steps=2),
+            accelerator=Accelerator(cpu=True), output_dir=tmp_path, resume=True,
+        )  # fmt: skip
+
+    train()
+    with pytest.raises(ValueError, match=r"batch_size 8 -> 4"):
+        train(batch_size=4)
+    with pytest.raises(ValueError, match=r"corruption_masking_target joint -> gene"):
+        train(masking_target="gene")
+
+
+def test_every_saved_folder_has_its_tokenizer(make_model, make_loader, tokenizer, tmp_path):
+    pretrain(
+        make_model(), train_loader=make_loader("train"), eval_loader=None,
+        arguments=PretrainingArguments(n_steps=2), accelerator=Accelerator(cpu=True), output_dir=tmp_path,
+        on_save=tokenizer.save_pretrained,
+    )  # fmt: skip
+    for folder in (tmp_path, tmp_path / "checkpoint-00000002"):
+        assert ScDivaTokenizer.from_pretrained(folder).ranking_settings == tokenizer.ranking_settings
+
+
+def test_half_precision_without_loss_scaling_is_refused(make_model, make_loader, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision = "fp16"
+    with pytest.raises(ValueError, match="mixed_precision='fp16' needs loss scaling"):
+        pretrain(
+            make_model(), train_loader=make_loader("train"), eval_loader=None,
+            arguments=PretrainingArguments(n_steps=2), accelerator=accelerator, output_dir=tmp_path,
+        )  # fmt: skip
+    accelerator.state._mixed_precision = "no"
+
+
+def test_held_out_masks_depend_on_nothing_but_the_corpus(corpus_folder, tokenizer):
+    def times(**settings):
+        loader = corpus_loader(corpus_folder, "validation", tokenizer=tokenizer, **settings)
+        return torch.cat([batch["timestep"] for batch in loader])
+
+    expected = times(batch_size=16)
+    for settings in ({"batch_size": 4}, {"batch_size": 64}, {"batch_size": 16, "seed": 7}):
+        assert torch.equal(times(**settings), expected)

@@ -127,6 +127,40 @@ def test_gene_table_says_what_names_mean(tmp_path):
     assert (report["genes"]["by_alias"], report["genes"]["unknown"]) == (1, 1)
 
 
+def test_files_that_the_gene_table_does_not_know_are_refused(tmp_path):
+    symbols = ["CD3D", "CD3E", "MALAT1", "TSPAN6", "ACTB", "GAPDH", "CD19", "CD4", "CD8A", "MS4A1"]
+    ids = [f"ENSG{i:011}" for i in range(10)]
+    frame = pd.DataFrame({"gene_id": ids, "gene_name": symbols})
+    frame.to_csv(tmp_path / "gencode.tsv", sep="\t", index=False)
+    table = read_gene_tables(tmp_path / "gencode.tsv")
+    human = cells_of(symbols, np.ones((2, 10)))
+    mouse = cells_of([*(s.capitalize() for s in symbols[1:]), "CD3D"], np.ones((2, 10)))
+    files = write(tmp_path, human=human, mouse=mouse)
+    message = (
+        r"mouse\.h5ad: Only 1 of 10 genes are in the gene table of 10: an overlap of 10\.0%, at least 20% is "
+        r"needed \(min_gene_overlap\).*such as \['Cd3e'.*the gene table \['ENSG00000000000 / CD3D'.*"
+        r"These look like mouse or rat genes, the vocabulary is human: map them to orthologs"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(files, gene_table=table, min_gene_overlap=0.2)
+    assert len(build(files, gene_table=table)) == 15
+    with pytest.raises(ValueError, match=r"2 of 2 cell names are genes: is the matrix transposed\?"):
+        turned = cells_of(["c1", "c2"], np.ones((2, 2)))
+        turned.obs_names = ["CD3D", "CD4"]
+        build(write(tmp_path, turned=turned), gene_table=table, min_gene_overlap=0.2)
+
+
+def test_two_species_are_refused(tmp_path):
+    human, mouse = cells_of([A, B], [[1, 2], [3, 4]]), cells_of(["ENSMUSG01.2", "Cd3d"], [[1, 2], [3, 4]])
+    message = r"of several species: human in .*a\.h5ad, .*b\.h5ad; mouse in .*c\.h5ad\. Build one vocabulary"
+    with pytest.raises(ValueError, match=message):
+        build(write(tmp_path, a=human, b=human, c=mouse))
+    both = cells_of([A, "ENSMUSG01"], [[1, 2], [3, 4]])
+    with pytest.raises(ValueError, match=r"of several species: human in .*d\.h5ad; mouse in .*d\.h5ad\."):
+        build(write(tmp_path, d=both))
+    assert build(write(tmp_path, c=mouse)).gene_ids[5:] == ["Cd3d", "ENSMUSG01"]
+
+
 def test_n_genes_keeps_the_most_variable(tmp_path):
     counts = [[1, 20, 50, 9], [90, 20, 50, 0], [1, 20, 50, 0], [90, 20, 50, 9]]
     files = write(tmp_path, cells=cells_of([A, B, C, D], counts))

@@ -6,6 +6,7 @@ batches are sorted by length), which saves most padding without losing the shuff
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -13,6 +14,8 @@ from torch.utils.data import Sampler
 from tokenization_scdiva.corpus import CellDraw
 
 BATCHES_PER_MEGABATCH = 50
+# Evaluation stratifies its times over this many cells whatever the batch size, so that masks stay the same.
+EVALUATION_STRATA = 32
 
 
 class CellBatchSampler(Sampler[list[CellDraw]]):
@@ -25,7 +28,7 @@ class CellBatchSampler(Sampler[list[CellDraw]]):
         seed: Another seed, another order.
         rank: This process, from 0.
         world_size: Number of processes; divides ``batch_size``.
-        shuffle: False keeps the order and one fixed set of times, for evaluation.
+        shuffle: False keeps the order and one fixed set of times, whatever the batch size, for evaluation.
 
     Raises:
         ValueError: If there is no such process, if the batch is empty or cannot be shared out evenly, or if
@@ -50,12 +53,27 @@ class CellBatchSampler(Sampler[list[CellDraw]]):
             msg = f"A global batch of {batch_size} cells cannot be shared evenly by {world_size} processes."
             raise ValueError(msg)
         if shuffle and len(n_genes) < batch_size:
-            msg = f"The corpus has {len(n_genes)} cells, fewer than one global batch of {batch_size}."
+            msg = (
+                f"The corpus has {len(n_genes)} cells, fewer than one global batch of {batch_size}. Lower "
+                "the batch size (--batch_size), or train on more cells."
+            )
             raise ValueError(msg)
         self.lengths = np.minimum(n_genes, max_genes)
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
         self.epoch = self.first_batch = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the batches; a run can be resumed only with the same."""
+        return {"batch_size": self.batch_size, "order_seed": self.seed, "n_cells": len(self.lengths)}
+
+    @property
+    def _fixed_strata(self) -> np.ndarray:
+        """(N or more,) strata of an evaluation, cell by cell in its fixed order, whatever the batch size."""
+        n_groups = -(-len(self.lengths) // EVALUATION_STRATA)
+        groups = [self._rng(1 + group).permutation(EVALUATION_STRATA) for group in range(n_groups)]
+        return np.concatenate(groups)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose what the next iteration yields.
@@ -79,9 +97,14 @@ class CellBatchSampler(Sampler[list[CellDraw]]):
         batches = self._shuffled_batches() if self.shuffle else self._fixed_batches()
         for batch in range(self.first_batch, self.batches_per_epoch):
             cells = batches[batch]
-            strata = self._rng(1 + batch).permutation(self.batch_size)
+            n_strata = self.batch_size if self.shuffle else EVALUATION_STRATA
+            if self.shuffle:
+                strata = self._rng(1 + batch).permutation(n_strata)
+            else:
+                first = batch * self.batch_size
+                strata = self._fixed_strata[first : first + self.batch_size]
             draws = [
-                CellDraw(int(cell), self.epoch, int(stratum), self.batch_size)
+                CellDraw(int(cell), self.epoch, int(stratum), n_strata)
                 for cell, stratum in zip(cells, strata, strict=False)
             ]
             share = draws[self.rank :: self.world_size]

@@ -105,6 +105,19 @@ class ScDivaDataCollator:
             msg = f"depth_range must be an interval inside (0, 1], got {self.depth_range}."
             raise ValueError(msg)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the corruption; a run can be resumed only with the same."""
+        names = (
+            "seed",
+            "masking_target",
+            "depth_corruption",
+            "depth_probability",
+            "depth_range",
+            "max_genes",
+        )
+        return {f"corruption_{name}": getattr(self, name) for name in names}
+
     @classmethod
     def from_tokenizer(cls, tokenizer: ScDivaTokenizer, **settings: Any) -> "ScDivaDataCollator":
         """Take ranking and special tokens from a tokenizer.

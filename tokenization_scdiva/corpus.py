@@ -177,6 +177,11 @@ class CellCorpus(TorchDataset[CellBatch]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Which corpus it is; a run can be resumed only with the same."""
+        return {"corpus_build_hash": self.manifest["build_hash"]}
+
     def __getitem__(self, draw: int | CellDraw) -> CellBatch:
         return self.__getitems__([draw])
 

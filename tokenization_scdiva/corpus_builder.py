@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def build_corpus(
     shards: Sequence[int] | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any] | None:
-    """Build a corpus, or some of its shards.
+    """Build a corpus, or some of its shards, with its tokenizer in the folder ``tokenizer``.
 
     Args:
         files: Data set name -> file, as `find_cell_files` returns them.
@@ -100,7 +101,8 @@ def build_corpus(
         msg = f"Shards must lie in [0, {settings.n_shards}), got {list(wanted)}."
         raise ValueError(msg)
     build = _build_identity(files, tokenizer, settings)
-    missing = [shard for shard in wanted if not _shard_is_finished(output, shard, settings.n_shards, build)]
+    _refuse_other_corpus(output, settings.n_shards, build)
+    missing = [shard for shard in wanted if not _shard_is_finished(output, shard, settings.n_shards)]
     if missing:
         outlines = {name: outline_file(name, path, settings.validation_key) for name, path in files.items()}
         check_obs_keys(outlines, settings)
@@ -120,6 +122,7 @@ def build_corpus(
             _write_shard(output, shard, parts, build, settings, features)
         del parts
         shutil.rmtree(folder, ignore_errors=True)
+    _save_tokenizer(tokenizer, output / "tokenizer")
     manifest = _write_manifest(output, build, settings)
     if manifest is not None:
         for leftover in output.glob(".parts-*"):  # of interrupted builds of other shards
@@ -147,29 +150,42 @@ def _build_identity(
     return identity | {"hash": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def _save_tokenizer(tokenizer: ScDivaTokenizer, folder: Path) -> None:
+    """Write the tokenizer file by file, so that builders of other shards may do it at the same time."""
+    with tempfile.TemporaryDirectory() as written:
+        tokenizer.save_pretrained(written)
+        for path in sorted(Path(written).iterdir()):
+            with atomic_path(folder / path.name) as partial:
+                shutil.copyfile(path, partial)
+
+
 def _sidecar(output: Path, shard: int, n_shards: int) -> Path:
     return output / f"shard-{shard:05d}-of-{n_shards:05d}.json"
 
 
-def _shard_is_finished(output: Path, shard: int, n_shards: int, build: Mapping[str, Any]) -> bool:
-    path = _sidecar(output, shard, n_shards)
-    if not path.exists():
-        others = sorted(output.glob("shard-*.json")) if output.exists() else []
-        if others and f"-of-{n_shards:05d}.json" not in others[0].name:
+def _refuse_other_corpus(output: Path, n_shards: int, build: Mapping[str, Any]) -> None:
+    """Refuse a folder with shards of another build, also where these are not the wanted ones."""
+    for path in sorted(output.glob("shard-*.json")):
+        if not path.name.endswith(f"-of-{n_shards:05d}.json"):
             msg = (
-                f"{output} holds shards of another number ({others[0].name}). Choose another folder or "
-                "delete it."
+                f"{output} holds shards of another number ({path.name}). Choose another folder or delete it."
             )
             raise ValueError(msg)
+        found = json.loads(path.read_text("utf-8"))["build_hash"]
+        if found != build["hash"]:
+            msg = (
+                f"{output} holds a corpus built from other files, another tokenizer or other settings "
+                f"({path.name} says {found[:12]}, now {build['hash'][:12]}). Choose another folder or delete "
+                "this one."
+            )
+            raise ValueError(msg)
+
+
+def _shard_is_finished(output: Path, shard: int, n_shards: int) -> bool:
+    path = _sidecar(output, shard, n_shards)
+    if not path.exists():
         return False
     sidecar = json.loads(path.read_text("utf-8"))
-    if sidecar["build_hash"] != build["hash"]:
-        msg = (
-            f"{output} holds a corpus built from other files, another tokenizer or other settings "
-            f"({path.name} says {sidecar['build_hash'][:12]}, now {build['hash'][:12]}). Choose another "
-            "folder or delete this one."
-        )
-        raise ValueError(msg)
     files = [(output / entry["file"], entry) for entry in sidecar["shards"].values()]
     return all(
         file.exists() and file.stat().st_size == entry["n_bytes"] and file_sha256(file) == entry["sha256"]
@@ -197,7 +213,7 @@ class _Part:
             return report
         part_path = self.folder / f"{self.name}.arrow"
         remove_partials(part_path)
-        with errors_name(self.path), open_cells(self.path) as adata, atomic_path(part_path) as partial:
+        with open_cells(self.path) as adata, errors_name(self.path), atomic_path(part_path) as partial:
             report = self._write(adata, partial, tokenizer, settings, bar)
         write_json(report_path, report)
         return report

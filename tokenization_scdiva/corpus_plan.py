@@ -112,7 +112,7 @@ def outline_file(name: str, path: Path, validation_key: str | None) -> FileOutli
     Returns:
         Its outline.
     """
-    with errors_name(path), open_cells(path) as adata:
+    with open_cells(path) as adata, errors_name(path):
         groups = _groups(name, adata, validation_key)
         return FileOutline(adata.n_obs, [str(key) for key in adata.obs.columns], frozenset(groups))
 

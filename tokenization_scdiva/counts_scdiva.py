@@ -1,8 +1,9 @@
 """Raw counts out of an AnnData: found, proven, and handed over in sparse blocks of cells.
 
 Notable choices:
-- one place is chosen by a fixed rule and said in the log; the search never moves on because a place failed,
-  the refusal names the places that would pass instead;
+- one place is chosen by a fixed rule and said in the log; the search for counts never moves on because a
+  place failed, the refusal names the places that would pass instead (only that for log1p expression moves on,
+  from ``raw.X`` to ``X``);
 - every stored value is looked at: counts are finite, not negative, whole and below 2**31;
 - matrices are used by their shape and slots (``indptr``, ``indices``, ``data``), so that this file needs
   neither AnnData nor SciPy; sparse stays sparse, and of a dense matrix one block at a time is looked at;
@@ -12,6 +13,7 @@ Dimensions: N cells and G genes in the file, n cells and nnz values above zero i
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -145,11 +147,12 @@ def read_counts(
 
     Raises:
         KeyError: If there is no such layer.
-        TypeError: If the matrix does not hold numbers.
+        TypeError: If a path comes instead of an AnnData, or if the matrix does not hold numbers.
         ValueError: If there are no cells, no genes or no matrix, if ``block_size`` is below 1, if the
             logarithm has another base than e, or if the values are not counts (not log1p expression); the
             message says what was found and what would pass.
     """
+    refuse_path(adata)
     if block_size < 1:
         msg = f"block_size must be at least 1 cell, got {block_size}."
         raise ValueError(msg)
@@ -175,6 +178,24 @@ def read_counts(
     counts = Counts(place, kind, block_size)
     logger.info("Taking %s from %s: %d cells, %d genes.", kind, place.source, counts.n_cells, counts.n_genes)
     return counts
+
+
+def refuse_path(cells: Any, *, is_text_allowed: bool = False) -> None:
+    """Refuse the path of a file where its content is wanted.
+
+    Args:
+        cells: What came as cells.
+        is_text_allowed: Let text through that neither ends like a file of cells nor names a file.
+
+    Raises:
+        TypeError: If a path came.
+    """
+    is_path = isinstance(cells, str | os.PathLike)
+    if is_text_allowed and isinstance(cells, str):  # isfile: unlike Path.is_file it bears text of any length
+        is_path = cells.endswith((".h5ad", ".h5")) or os.path.isfile(cells)  # noqa: PTH113
+    if is_path:
+        msg = f"Cells are taken from an AnnData, got a path ({cells}); open it with anndata.read_h5ad."
+        raise TypeError(msg)
 
 
 class _Place:

@@ -54,34 +54,6 @@ class GeneTable:
     def __repr__(self) -> str:
         return f"GeneTable({len(self.symbols):,} genes, {len(self.alias_ids):,} other names)"
 
-    def resolve(self, name: str) -> tuple[str, str] | None:
-        """Find the gene that a name means.
-
-        Args:
-            name: Ensembl id with or without version, current symbol, previous symbol or alias.
-
-        Returns:
-            Gene id, and "id", "symbol" or "alias"; None if the name means no gene, or several.
-        """
-        gene_id = ensembl_id(name) or name
-        if gene_id in self.symbols:
-            return gene_id, "id"
-        if name in self.symbol_ids:
-            return self.symbol_ids[name], "symbol"
-        return (self.alias_ids[name], "alias") if name in self.alias_ids else None
-
-    def names_for(self, gene_id: str) -> tuple[str, tuple[str, ...]]:
-        """List the names of a gene.
-
-        Args:
-            gene_id: Gene id.
-
-        Returns:
-            Current symbol, and all other names that mean this gene, sorted; the id itself and no names for a
-            gene that the table does not have.
-        """
-        return self.symbols.get(gene_id, gene_id), tuple(self._other_names.get(gene_id, ()))
-
     def names_for_vocabulary(self, gene_ids: Iterable[str]) -> tuple[list[str], dict[str, str]]:
         """Collect what a vocabulary of these genes should know beside their ids.
 

@@ -264,18 +264,44 @@ def match_genes(
 
     # 3. Say what happened, and refuse a file that shares too little.
     report = make_report(evidence, entries)
-    overlap = report.n_matched / min(n_genes, vocabulary.n_genes)
+    check_gene_overlap(report, columns, vocabulary, min_gene_overlap=min_gene_overlap, cell_names=cell_names)
+    logger.info("Genes: %s.", report)
+    return GeneMatch(token_ids, report)
+
+
+def check_gene_overlap(
+    report: GeneMatchReport,
+    name_columns: Mapping[str, Names],
+    vocabulary: GeneVocabulary,
+    *,
+    min_gene_overlap: float,
+    cell_names: Sequence[str] | None = None,
+    called: str = "vocabulary",
+) -> None:
+    """Refuse a file that shares too few genes with the vocabulary.
+
+    Args:
+        report: What became of the entries.
+        name_columns: Column name -> (G,) names, cleaned.
+        vocabulary: Genes that were looked for.
+        min_gene_overlap: Least share of distinct genes matched, of the smaller of file and vocabulary.
+        cell_names: Names of the cells; tells a transposed file in the message.
+        called: What the message calls the vocabulary.
+
+    Raises:
+        ValueError: If the share is below ``min_gene_overlap``; says what the names look like.
+    """
+    overlap = report.n_matched / min(report.n_genes, vocabulary.n_genes)
     if overlap < min_gene_overlap:
+        entries = list(zip(*name_columns.values(), strict=True))
         msg = (
-            f"Only {report.n_matched:,} of {n_genes:,} genes are in the vocabulary of "
+            f"Only {report.n_matched:,} of {report.n_genes:,} genes are in the {called} of "
             f"{vocabulary.n_genes:,}: an overlap of {overlap:.1%}, at least {min_gene_overlap:.0%} is needed "
             f"(min_gene_overlap). The file has names such as {_examples(entries)}, "
-            f"the vocabulary {_vocabulary_examples(vocabulary)}."
+            f"the {called} {_vocabulary_examples(vocabulary)}."
             f"{_likely_cause(entries, vocabulary, cell_names)}"
         )
         raise ValueError(msg)
-    logger.info("Genes: %s.", report)
-    return GeneMatch(token_ids, report)
 
 
 def check_count_overlap(

@@ -24,15 +24,16 @@ def corpus_loader(
 ) -> DataLoader:
     """Load one split of a corpus in masked batches.
 
-    Training cells are shuffled and grouped by length. Validation cells come in a fixed order, with fixed
-    masks and clean depth, so that a loss on them compares between steps, runs and models of one vocabulary.
+    Training cells are shuffled and grouped by length. Validation cells come in a fixed order, with clean
+    depth and with masks that depend on neither batch size, seed nor step, so that a loss on them compares
+    between steps, runs and models of one corpus.
 
     Args:
         corpus: Corpus folder.
         split: ``train`` or ``validation``.
         tokenizer: The tokenizer the corpus was built with; another one is refused.
         batch_size: Cells of a batch, over all processes.
-        seed: Of order and corruption.
+        seed: Of order and corruption of training cells.
         process: Number of this process and of all processes.
         num_workers: Loader processes.
         **corruption: Settings of `ScDivaDataCollator`: ``masking_target``, ``depth_corruption``, ...; those
@@ -44,6 +45,8 @@ def corpus_loader(
     is_train = split == "train"
     cells = CellCorpus(corpus, split, ranking_settings=tokenizer.ranking_settings)
     rank, world_size = process
+    if not is_train:
+        seed, corruption["depth_corruption"] = 0, "none"
     sampler = CellBatchSampler(
         cells.n_genes,
         batch_size=batch_size,
@@ -53,8 +56,6 @@ def corpus_loader(
         world_size=world_size,
         shuffle=is_train,
     )
-    if not is_train:
-        corruption["depth_corruption"] = "none"
     collator = ScDivaDataCollator.from_tokenizer(tokenizer, seed=seed, **corruption)
     # The corpus hands over a batch as one object, not the list of items that the type asks for.
     return DataLoader(cells, batch_sampler=sampler, collate_fn=collator, num_workers=num_workers)  # type: ignore[arg-type]

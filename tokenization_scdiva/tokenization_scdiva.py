@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
 
-from .counts_scdiva import Counts, read_counts
+from .counts_scdiva import Counts, read_counts, refuse_path
 from .genes_scdiva import GeneMatch, check_count_overlap, gene_name_columns, match_genes
 from .ranking_scdiva import (
     TARGET_SUM,
@@ -80,11 +80,7 @@ class ScDivaTokenizer(PreTrainedTokenizer):
     ) -> None:
         if vocabulary is None:
             if vocabulary_file is None:
-                msg = (
-                    f"ScDivaTokenizer needs a gene vocabulary, and no {VOCABULARY_FILE} came. Pass "
-                    "vocabulary=..., or vocabulary_file=..."
-                )
-                raise ValueError(msg)
+                raise ValueError(_no_vocabulary(kwargs.get("name_or_path")))
             vocabulary = GeneVocabulary.load(vocabulary_file)
         _check_settings(max_genes, target_sum, gene_order, entropy_epsilon, vocabulary)
         self.vocabulary = vocabulary
@@ -225,8 +221,9 @@ class ScDivaTokenizer(PreTrainedTokenizer):
 
         Raises:
             ValueError: If a matrix comes without ``gene_ids`` or an AnnData with them, or if there are not as
-                many as columns.
+                many as columns. A path raises a ``TypeError``.
         """
+        refuse_path(cells, is_text_allowed=True)
         if hasattr(cells, "var_names"):
             if gene_ids is not None:
                 msg = "An AnnData names its genes itself; choose a column of var with gene_id_key=..."
@@ -234,9 +231,9 @@ class ScDivaTokenizer(PreTrainedTokenizer):
             return self.encode_anndata(cells, **kwargs)
         if gene_ids is not None:
             return self.encode_anndata(_as_adata(cells, gene_ids), **kwargs)
-        if cells is None:  # text came under the base class' own names
+        if cells is None and _is_text(kwargs.get("text", "")):  # text under the base class' own names
             return super().__call__(**kwargs)
-        if isinstance(cells, str | list | tuple):
+        if _is_text(cells):
             return super().__call__(cells, *args, **kwargs)
         msg = "A matrix of counts needs gene_ids=..., the Ensembl id or symbol of each column."
         raise ValueError(msg)
@@ -428,6 +425,23 @@ def _check_settings(
             "with data/build_vocabulary.py, or choose gene_order='expression'."
         )
         raise ValueError(msg)
+
+
+def _no_vocabulary(folder: str | None) -> str:
+    if not folder:  # not `from_pretrained`
+        return f"ScDivaTokenizer needs a gene vocabulary; pass vocabulary=... or a {VOCABULARY_FILE}."
+    found = f"holds no {VOCABULARY_FILE}" if Path(folder).exists() else "does not exist"
+    return (
+        f"{folder!r} {found}; wanted is the folder of a saved ScDivaTokenizer, as data/build_vocabulary.py "
+        "writes it."
+    )
+
+
+def _is_text(cells: Any) -> bool:
+    """Tell gene names, alone or in lists, from numbers, which the base class would take for token ids."""
+    while isinstance(cells, list | tuple) and len(cells):
+        cells = cells[0]
+    return isinstance(cells, str | list | tuple)
 
 
 def _check_max_genes(max_genes: int) -> None:

@@ -5,13 +5,14 @@ streams the cells into one histogram per gene. A cell counts for a gene only whe
 gene: unmeasured is not zero.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
 from tqdm import tqdm
 
@@ -19,7 +20,14 @@ from tokenization_scdiva.counts_scdiva import Counts, read_counts
 from tokenization_scdiva.files import errors_name, open_cells
 from tokenization_scdiva.gene_entropy import GeneEntropy
 from tokenization_scdiva.gene_table import GeneTable, canonical_genes
-from tokenization_scdiva.genes_scdiva import ensembl_id, gene_name_columns, match_genes
+from tokenization_scdiva.genes_scdiva import (
+    check_gene_overlap,
+    ensembl_id,
+    ensembl_prefix,
+    gene_name_columns,
+    likely_species,
+    match_genes,
+)
 from tokenization_scdiva.ranking_scdiva import TARGET_SUM, iter_flat_cells
 from tokenization_scdiva.vocabulary_scdiva import GeneVocabulary
 
@@ -34,11 +42,13 @@ def build_vocabulary(  # noqa: PLR0913 (the arguments of data/build_vocabulary.p
     target_sum: float = TARGET_SUM,
     min_cells: int = 1,
     n_genes: int | None = None,
+    min_gene_overlap: float = 0.1,
     show_progress: bool = True,
 ) -> tuple[GeneVocabulary, list[dict[str, Any]]]:
     """Build a vocabulary from all genes of some files.
 
-    A file that is refused stops the build; the message names it.
+    A file that is refused stops the build; the message names it. Refused are also, with a table, files that
+    share too few genes with it, and, without one, Ensembl ids of several species.
 
     Args:
         files: Data set name -> file, as `find_cell_files` returns them.
@@ -51,13 +61,14 @@ def build_vocabulary(  # noqa: PLR0913 (the arguments of data/build_vocabulary.p
         min_cells: Genes seen in fewer cells are left out.
         n_genes: Keep only this many genes, those whose log1p expression varies most over all cells. For small
             models.
+        min_gene_overlap: Least share of a file's genes that the table must know.
         show_progress: Show a progress bar.
 
     Returns:
         The vocabulary, and one report per file: cells, matched genes, entries left out.
     """
     reading = _Reading(layer, gene_id_key, expression_is_log1p)
-    candidates, reports = _collect_genes(files, gene_table, reading)
+    candidates, reports = _collect_genes(files, gene_table, reading, min_gene_overlap)
     entropy = GeneEntropy(candidates.n_genes, target_sum=target_sum)
     n_cells = sum(report["n_cells"] for report in reports)
     with tqdm(total=n_cells, unit=" cells", disable=not show_progress) as bar:
@@ -94,21 +105,31 @@ class _Reading:
     expression_is_log1p: bool
 
     @contextmanager
-    def open(self, path: Path) -> Iterator[tuple[Counts, dict[str, list[str | None]]]]:
-        with errors_name(path), open_cells(path) as adata:
+    def open(self, path: Path) -> Iterator[tuple[anndata.AnnData, Counts, dict[str, list[str | None]]]]:
+        with open_cells(path) as adata, errors_name(path):
             counts = read_counts(adata, layer=self.layer, expression_is_log1p=self.expression_is_log1p)
-            yield counts, gene_name_columns(adata, use_raw=counts.use_raw, gene_id_key=self.gene_id_key)
+            names = gene_name_columns(adata, use_raw=counts.use_raw, gene_id_key=self.gene_id_key)
+            yield adata, counts, names
 
 
 def _collect_genes(
-    files: Mapping[str, Path], gene_table: GeneTable | None, reading: _Reading
+    files: Mapping[str, Path], gene_table: GeneTable | None, reading: _Reading, min_gene_overlap: float
 ) -> tuple[GeneVocabulary, list[dict[str, Any]]]:
     """Settle all genes of all files, and report what became of the entries of each file."""
     symbols: dict[str, str] = {}
     reports = []
+    known = None if gene_table is None else _vocabulary_of(gene_table, gene_table.symbols)
+    species: dict[str, list[Path]] = defaultdict(list)
     for name, path in files.items():
-        with reading.open(path) as (counts, columns):
+        with reading.open(path) as (adata, counts, columns):
             gene_ids, report = canonical_genes(columns, gene_table)
+            if known is None:
+                _refuse_second_species(species, gene_ids, path)
+            else:
+                check_gene_overlap(
+                    report, columns, known, min_gene_overlap=min_gene_overlap, cell_names=adata.obs_names,
+                    called="gene table",
+                )  # fmt: skip
             reports.append(
                 {"name": name, "n_cells": counts.n_cells, "source": counts.source, "genes": report.to_dict()}
             )
@@ -117,19 +138,38 @@ def _collect_genes(
             if gene_id is not None and symbols.get(gene_id, gene_id) == gene_id:
                 symbols[gene_id] = next((n for n in names if n and not ensembl_id(n)), gene_id)
     if gene_table is not None:
-        ids = sorted(symbols)
-        names_of_ids, aliases = gene_table.names_for_vocabulary(ids)
-        return GeneVocabulary(ids, names_of_ids, aliases=aliases), reports
+        return _vocabulary_of(gene_table, sorted(symbols)), reports
     # A gene known by symbol alone is the one gene that has this symbol and an Ensembl id, if there is one.
     n_owners = Counter(symbol for gene_id, symbol in symbols.items() if ensembl_id(gene_id))
     ids = sorted(gene_id for gene_id in symbols if ensembl_id(gene_id) or n_owners[gene_id] != 1)
     return GeneVocabulary(ids, [symbols[gene_id] for gene_id in ids]), reports
 
 
+def _vocabulary_of(gene_table: GeneTable, gene_ids: Iterable[str]) -> GeneVocabulary:
+    ids = list(gene_ids)
+    symbols, aliases = gene_table.names_for_vocabulary(ids)
+    return GeneVocabulary(ids, symbols, aliases=aliases)
+
+
+def _refuse_second_species(
+    species: dict[str, list[Path]], gene_ids: Sequence[str | None], path: Path
+) -> None:
+    examples = {ensembl_prefix(gene_id): gene_id for gene_id in gene_ids if gene_id and ensembl_id(gene_id)}
+    for gene_id in examples.values():
+        species[str(likely_species([gene_id]))].append(path)
+    if len(species) > 1:
+        found = "; ".join(f"{name} in {', '.join(map(str, paths[:3]))}" for name, paths in species.items())
+        msg = (
+            f"The Ensembl ids are of several species: {found}. Build one vocabulary per species, or map the "
+            "genes to orthologs first."
+        )
+        raise ValueError(msg)
+
+
 def _add_cells(
     entropy: GeneEntropy, path: Path, candidates: GeneVocabulary, reading: _Reading, bar: tqdm
 ) -> None:
-    with reading.open(path) as (counts, columns):
+    with reading.open(path) as (_, counts, columns):
         match = match_genes(columns, candidates, gene_totals=counts.gene_totals, min_gene_overlap=0.0)
         column_genes = np.where(match.token_ids < 0, -1, match.token_ids - candidates.n_special_tokens)
         is_measured = np.zeros(entropy.n_genes, dtype=bool)

@@ -9,6 +9,7 @@ Notable choices:
 Dimensions: N cells in a file, B cells in a loader batch, S positions, D width.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -86,9 +87,13 @@ def embed_cells(
         (N, D) float32, rows in the order of ``adata.obs_names``.
 
     Raises:
+        TypeError: If a path comes instead of an AnnData.
         ValueError: If ``batch_size`` or ``pooling`` is impossible, or the vocabularies of tokenizer and model
             differ.
     """
+    if isinstance(adata, str | os.PathLike):
+        msg = f"Cells are taken from an AnnData, got a path ({adata}); open it with anndata.read_h5ad."
+        raise TypeError(msg)
     if batch_size < 1:
         msg = f"batch_size must be at least 1 cell, got {batch_size}."
         raise ValueError(msg)
