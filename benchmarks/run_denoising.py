@@ -96,7 +96,7 @@ def draw_time_bins(numbers: dict[str, Any], path: Path) -> None:
             heights = [float("nan") if loss is None else loss for loss in losses]
             axis.plot(centres, heights, label=name.replace("_", " "), **style)
         axis.set(xlabel="diffusion time (share of genes masked)", ylabel=UNITS[kind], xlim=(0, 1))
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes[1].set_yscale("log")  # the baselines lie decades apart
     save_figure(figure, path)
 
