@@ -33,7 +33,7 @@ def test_from_files_to_masked_batches(run, cell_files, tmp_path):
     cells = next(iter(cell_files.values())).parent
     out = run(
         "build_vocabulary.py", cells, "--output", tmp_path / "tokenizer", "--n_genes", 70, "--max_genes", 33,
-        "--entropy_epsilon", 0.5,
+        "--entropy_epsilon", 0.5, "--min_gene_overlap", 0.2,
     )  # fmt: skip
     assert "Building a gene vocabulary from 2 files." in out
     assert "second: 90 cells from X; genes 60: 60 by id" in out
