@@ -1,7 +1,11 @@
 """Shared fixtures: made-up cells, their tokenizer, a small corpus, a tiny network, all seeded."""
 
-import json
 import os
+
+# Before anything reads it: tests never reach for the network, a hub name that is no folder fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +23,6 @@ from tokenization_scdiva import (
 )
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-# Tests never reach for the network; a hub name that is no local folder must fail at once.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)

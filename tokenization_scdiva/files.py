@@ -106,7 +106,7 @@ def open_cells(path: Path) -> Iterator[anndata.AnnData]:
 
 def _require_scanpy(path: Path) -> None:
     if importlib.util.find_spec("scanpy") is None:
-        msg = f"{path} is in a 10x format, which scanpy reads: pip install 'scdiva[examples]'"
+        msg = f"{path} is in a 10x format, which scanpy reads: pip install scanpy"
         raise ImportError(msg)
 
 
