@@ -27,18 +27,10 @@ BLOCK_SIZE = 1024
 POOLINGS = ("lat", "mean")
 
 
-class CellVocabulary(Protocol):
-    """What is needed of a gene vocabulary."""
-
-    @property
-    def content_hash(self) -> str:
-        """Hash of everything that changes tokens."""
-
-
 class CellTokenizer(Protocol):
     """What is needed of a tokenizer; `ScDivaTokenizer` has it."""
 
-    vocabulary: Any  # CellVocabulary, or None in a tokenizer without one
+    vocabulary: Any  # with a content_hash
 
     @property
     def vocab_size(self) -> int:

@@ -1,7 +1,7 @@
 """Tests of saving and loading: bit-equal, strict about weights, and right for every Auto class.
 
 Scope: `save_pretrained`, `from_pretrained` and the Auto classes, on whole and on broken checkpoints.
-Run: pytest tests/test_loading.py
+Run: pytest tests/test_pretrained_scdiva.py
 """
 
 import json
