@@ -28,6 +28,7 @@ import modeling_scdiva
 from modeling_scdiva import export_check
 from modeling_scdiva.model_card import fill_model_card, find_template
 from modeling_scdiva.tasks.embedding import check_vocabulary
+from modeling_scdiva.training_checkpoint import flush_to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def export_model(
         (partial / "README.md").write_text(card, "utf-8")
         difference = check_export(partial, model, tokenizer)
         for path in [*partial.rglob("*"), partial]:
-            _flush(path)
+            flush_to_disk(path)
         partial.rename(output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -195,14 +196,6 @@ def _made_up_counts(vocabulary: Any) -> tuple[np.ndarray, list[str]]:
     counts = np.random.default_rng(0).negative_binomial(1, 0.4, size=(N_CHECK_CELLS, n_genes))
     counts[:, 0] = 1  # no cell is empty
     return counts.astype(np.int32), [vocabulary.gene_ids[token] for token in tokens]
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

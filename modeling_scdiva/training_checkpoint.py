@@ -104,10 +104,10 @@ def save_checkpoint(
     stored = {"progress": asdict(progress), "settings": dict(settings)}
     (partial / PROGRESS_FILE).write_text(json.dumps(stored, indent=1), "utf-8")
     for path in [*partial.iterdir(), partial]:
-        _flush(path)
+        flush_to_disk(path)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    _flush(output_dir)
+    flush_to_disk(output_dir)
     for old in _checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old)
     return folder
@@ -194,7 +194,12 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found)
 
 
-def _flush(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file or folder is on the disk, so that a rename after it never shows an empty one.
+
+    Args:
+        path: File or folder.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
