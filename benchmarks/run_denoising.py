@@ -26,7 +26,7 @@ from modeling_scdiva import ScDivaForMaskedDiffusion
 from modeling_scdiva.metrics.denoising import evaluate_denoising, report_denoising
 from modeling_scdiva.metrics.denoising_baselines import BaselineFitter, DenoisingBaselines
 from modeling_scdiva.provenance import collect_provenance, result_path
-from modeling_scdiva.tasks.embedding import check_vocabulary
+from modeling_scdiva.tasks.cells import check_vocabulary
 from tokenization_scdiva import CellBatchSampler, CellCorpus, ScDivaDataCollator
 from tokenization_scdiva.files import atomic_path, write_json
 

@@ -48,6 +48,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--depth_corruption", choices=["scale", "thin", "none"], default="scale")
     parser.add_argument("--masking_target", choices=["joint", "expression", "gene"], default="joint")
+    parser.add_argument(
+        "--n_gene_queries",
+        type=int,
+        default=256,
+        help="genes a cell is asked for, with latent_loss_weight > 0",
+    )
     parser.add_argument("--log_every", type=int, default=10, help="steps between log lines")
     parser.add_argument(
         "--eval_every", type=int, default=500, help="steps between evaluations; 0: at the end"
@@ -65,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_loaders(
-    args: argparse.Namespace, tokenizer: ScDivaTokenizer, accelerator: Accelerator
+    args: argparse.Namespace, tokenizer: ScDivaTokenizer, accelerator: Accelerator, n_gene_queries: int
 ) -> dict[str, DataLoader]:
     """Open both splits; each process reads its share of every global micro-batch."""
     if args.batch_size % args.gradient_accumulation_steps:
@@ -83,6 +89,7 @@ def make_loaders(
             num_workers=args.num_workers,
             masking_target=args.masking_target,
             depth_corruption=args.depth_corruption,
+            n_gene_queries=n_gene_queries,
         )
         for split in ("train", "validation")
         if split == "train" or n_cells[split]  # a corpus may do without held-out cells
@@ -100,13 +107,16 @@ def main() -> None:
     read_manifest(args.corpus)  # first, because its message says what is wrong with the folder
     tokenizer = ScDivaTokenizer.from_pretrained(args.tokenizer or args.corpus / "tokenizer")
 
-    loaders = make_loaders(args, tokenizer, accelerator)
+    model = fresh_model(args.config, tokenizer, seed=args.seed)
+    n_gene_queries = args.n_gene_queries if model.config.latent_loss_weight else 0
+    if model.config.latent_loss_weight and not n_gene_queries:
+        sys.exit("latent_loss_weight > 0 trains the gene-query decoder and needs --n_gene_queries > 0.")
+    loaders = make_loaders(args, tokenizer, accelerator, n_gene_queries)
     n_cells = {split: len(loader.dataset) for split, loader in loaders.items()}
     n_held_out = n_cells.get("validation", 0)
     steps_per_epoch = loaders["train"].batch_sampler.batches_per_epoch // args.gradient_accumulation_steps
     n_steps = max(1, round(args.n_epochs * steps_per_epoch)) if args.n_steps is None else args.n_steps
 
-    model = fresh_model(args.config, tokenizer, seed=args.seed)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if args.compile:
@@ -138,9 +148,8 @@ def main() -> None:
         on_save=tokenizer.save_pretrained,
     )
     numbers = log[-1]  # held-out losses, if the corpus holds any cells out
-    kinds = {"gene": ("gene",), "expression": ("expression",)}.get(
-        args.masking_target, ("gene", "expression")
-    )
+    kinds = {"gene": ["gene"], "expression": ["expression"]}.get(args.masking_target, ["gene", "expression"])
+    kinds += ["latent"] if n_gene_queries else []
     told = [f"{kind} loss {numbers[f'eval_{kind}_loss']:.4f}" for kind in kinds if "eval_loss" in numbers]
     accelerator.print(
         f"Saved {args.output_dir}, held-out {' and '.join(told) or 'loss unknown'}. Load it from the folder "

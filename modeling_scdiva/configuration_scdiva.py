@@ -76,6 +76,10 @@ class ScDivaConfig(PreTrainedConfig):
         expression_loss_weight: Weight of the expression loss beside the gene loss.
         exclude_visible_genes: Give genes that are visible in a cell probability zero at its masked positions.
         value_head: "scalar" predicts a value from the position alone, "gene" from the position and the gene.
+        latent_loss_weight: Weight of the loss of the gene-query decoder, which predicts any gene from the
+            cell embedding; 0 leaves the decoder out of the network.
+        use_anchor: Let the anchor take part; False hides it from all positions, for ablations.
+        use_rotary_positions: Tell positions apart by rotation; False sees a cell as a set, for ablations.
         sparse_prediction: Compute gene logits at masked positions only, unless all are asked for.
         cell_pooling: What the classifier reads: "lat" (the anchor) or "mean" (mean over the gene positions).
         vocabulary_hash: Content hash of the vocabulary the weights belong to.
@@ -120,6 +124,9 @@ class ScDivaConfig(PreTrainedConfig):
     expression_loss_weight: float | int = 10.0
     exclude_visible_genes: bool = False
     value_head: Literal["scalar", "gene"] = "scalar"
+    latent_loss_weight: float | int = 0.0
+    use_anchor: bool = True
+    use_rotary_positions: bool = True
     sparse_prediction: bool = True
     cell_pooling: Literal["lat", "mean"] = "lat"
     vocabulary_hash: str | None = None
@@ -171,8 +178,15 @@ class ScDivaConfig(PreTrainedConfig):
             if not 0.0 <= getattr(self, name) < 1.0:
                 msg = f"{name} must lie in [0, 1), got {getattr(self, name)}."
                 raise ValueError(msg)
-        if self.expression_loss_weight < 0:
-            msg = f"expression_loss_weight must not be negative, got {self.expression_loss_weight}."
+        for name in ("expression_loss_weight", "latent_loss_weight"):
+            if getattr(self, name) < 0:
+                msg = f"{name} must not be negative, got {getattr(self, name)}."
+                raise ValueError(msg)
+        if not self.use_anchor and (self.latent_loss_weight or self.cell_pooling == "lat"):
+            msg = (
+                "use_anchor=False leaves the anchor without a cell: set cell_pooling='mean' and "
+                f"latent_loss_weight=0, got {self.cell_pooling!r} and {self.latent_loss_weight}."
+            )
             raise ValueError(msg)
         self._validate_special_tokens()
 

@@ -144,6 +144,43 @@ def masked_expression_loss(
     return per_cell_mean(losses, cell_index, n_cells)
 
 
+def gene_query_loss(
+    expressed_logits: torch.Tensor,
+    predictions: torch.Tensor,
+    targets: torch.Tensor,
+    is_query: torch.Tensor,
+    log_sampling_ratio: torch.Tensor,
+) -> torch.Tensor:
+    """Compute the loss of asking a cell for the state of some genes: is it expressed, and how much.
+
+    Expressed genes are few, so they are asked more often than their share. Adding the log ratio of both
+    sampling rates to the log-odds in training (case-control sampling) leaves the log-odds themselves those of
+    a gene drawn at its natural share: they need no correction afterwards.
+
+    Args:
+        expressed_logits: (B, Q) log-odds that the gene is detected in the cell.
+        predictions: (B, Q) predicted values if it is, log1p of normalised counts.
+        targets: (B, Q) values of the clean cell; 0 is a measured gene that is not expressed.
+        is_query: (B, Q) bool, False at empty slots.
+        log_sampling_ratio: (B,) log of (share of the expressed genes asked / share of the silent ones asked).
+
+    Returns:
+        (B,) float32 mean cross-entropy in nats over the queries + mean squared error in squared log1p units
+        over the expressed ones; 0 for a cell without queries.
+    """
+    is_expressed = (targets > 0) & is_query  # (B, Q)
+    log_odds = expressed_logits.float() + log_sampling_ratio.float().unsqueeze(1)
+    nats = nn.functional.binary_cross_entropy_with_logits(log_odds, (targets > 0).float(), reduction="none")
+    squares = (predictions.float() - targets.float()).square()
+    return _mean_where(nats, is_query) + _mean_where(squares, is_expressed)
+
+
+def _mean_where(losses: torch.Tensor, is_counted: torch.Tensor) -> torch.Tensor:
+    """Average (B, Q) over the slots that count, for each cell; 0 where none does."""
+    weights = is_counted.to(losses.dtype)
+    return (losses * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
+
+
 def visible_gene_mask(input_ids: torch.Tensor, n_special_tokens: int, vocab_size: int) -> torch.Tensor:
     """Mark the genes which a cell already shows. A gene occurs once per cell, so it cannot be masked as well.
 
@@ -164,6 +201,7 @@ def visible_gene_mask(input_ids: torch.Tensor, n_special_tokens: int, vocab_size
 __all__ = [
     "alpha",
     "alpha_derivative",
+    "gene_query_loss",
     "loss_weight",
     "masked_expression_loss",
     "masked_gene_loss",

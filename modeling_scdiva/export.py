@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 import modeling_scdiva
 from modeling_scdiva import export_check
 from modeling_scdiva.model_card import fill_model_card, find_template
-from modeling_scdiva.tasks.embedding import check_vocabulary
+from modeling_scdiva.tasks.cells import check_vocabulary
 from modeling_scdiva.training_checkpoint import flush_to_disk
 
 logger = logging.getLogger(__name__)

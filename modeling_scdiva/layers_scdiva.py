@@ -385,3 +385,35 @@ class ScDivaValueHead(nn.Module):
         scores = self.out_proj(self.act_fn(self.dense(hidden_states))).squeeze(-1)  # (...)
         predictions = nn.functional.softplus(scores.float())
         return predictions * self.gene_weights[gene_ids] if self.is_gene_conditioned else predictions
+
+
+class ScDivaGeneQueryDecoder(nn.Module):
+    """Answer for any gene, whether the cell shows it or not, from vectors of the cell (METHOD.md section 3).
+
+    An MLP on [gene embedding ; context], written as two projections that are added, so that each gene and
+    each cell is projected once.
+    """
+
+    def __init__(self, config: ScDivaConfig, n_context: int = 1) -> None:
+        super().__init__()
+        # Gene embeddings start at the scale of initializer_range, states of the cell at 1.
+        self.gene_norm = ScDivaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gene_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.context_proj = nn.Linear(n_context * config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.out_proj = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, context: torch.Tensor, gene_embeddings: torch.Tensor) -> torch.Tensor:
+        """Decode genes of cells.
+
+        Args:
+            context: (B, n_context * D) vectors of the cells.
+            gene_embeddings: (Q, D) embeddings of genes that all cells are asked for, or (B, Q, D).
+
+        Returns:
+            (B, Q, 2) float32, two numbers per cell and gene.
+        """
+        gene_states = self.gene_proj(self.gene_norm(gene_embeddings).to(context.dtype))  # (Q, D) or (B, Q, D)
+        states = self.act_fn(gene_states + self.context_proj(context).unsqueeze(1))  # (B, Q, D)
+        return self.out_proj(self.act_fn(self.dense(states))).float()

@@ -11,20 +11,24 @@ positions to predict.
 Source: METHOD.md sections 3 and 4.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_scdiva import ScDivaConfig
-from .diffusion_scdiva import masked_expression_loss, masked_gene_loss, visible_gene_mask
+from .diffusion_scdiva import (
+    gene_query_loss,
+    masked_expression_loss,
+    masked_gene_loss,
+    visible_gene_mask,
+)
 from .layers_scdiva import (
+    ScDivaGeneQueryDecoder,
     ScDivaGeneTransform,
     ScDivaLayer,
     ScDivaRMSNorm,
@@ -32,36 +36,8 @@ from .layers_scdiva import (
     ScDivaValueEmbedding,
     ScDivaValueHead,
 )
+from .outputs_scdiva import ScDivaMaskedDiffusionOutput, pool_cells
 from .pretrained_scdiva import ScDivaPreTrainedModel
-
-
-@dataclass
-class ScDivaMaskedDiffusionOutput(ModelOutput):
-    """What `ScDivaForMaskedDiffusion` returns; a loss is there when its targets came.
-
-    Args:
-        loss: Gene loss + ``expression_loss_weight`` * expression loss, as far as they are there.
-        gene_loss: Mean over cells of the mean masked cross-entropy, nats.
-        expression_loss: Mean over cells of the mean squared error at hidden values, squared log1p units.
-        logits: (n, V) gene logits, cell after cell, or (B, S, V) when all were asked for.
-        expression_predictions: (B, S) predicted expression values, float32, at every position.
-        cell_gene_loss: (B,) gene loss of each cell; 0 where no gene is masked.
-        cell_expression_loss: (B,) expression loss of each cell; 0 where no value is hidden.
-        last_hidden_state: (B, S, D) states after the last norm; the first position is the cell embedding.
-        hidden_states: (B, S, D) states after the embedding and after each layer.
-        attentions: (B, H, S, S) attention weights of each layer.
-    """
-
-    loss: torch.Tensor | None = None
-    gene_loss: torch.Tensor | None = None
-    expression_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    expression_predictions: torch.Tensor | None = None
-    cell_gene_loss: torch.Tensor | None = None
-    cell_expression_loss: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class ScDivaModel(ScDivaPreTrainedModel):
@@ -71,6 +47,7 @@ class ScDivaModel(ScDivaPreTrainedModel):
         r"^lm_head\.",
         r"^gene_transform\.",
         r"^value_head\.",
+        r"^query_decoder\.",
         r"^classifier\.",
     ]
 
@@ -131,6 +108,8 @@ class ScDivaModel(ScDivaPreTrainedModel):
 
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        if not self.config.use_rotary_positions:
+            position_ids = torch.zeros_like(position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         bidirectional_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=masks.is_attended
@@ -155,6 +134,7 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
         self.gene_transform = ScDivaGeneTransform(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.value_head = ScDivaValueHead(config)
+        self.query_decoder = ScDivaGeneQueryDecoder(config) if config.latent_loss_weight else None
         self.post_init()
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -221,8 +201,33 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
             raise ValueError(msg)
         return self.value_head(hidden_states, gene_ids, self.model.embed_tokens(gene_ids))
 
+    def decode_genes(
+        self, cell_embeddings: torch.Tensor, gene_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predict any genes from cell embeddings, whether the cells showed them or not.
+
+        Args:
+            cell_embeddings: (B, D) last hidden states of `<lat>`.
+            gene_ids: (Q,) int64 gene tokens to ask all cells for, or (B, Q).
+
+        Returns:
+            (B, Q) log-odds that the gene is detected in the cell, and (B, Q) its log1p value if it is, both
+            float32.
+
+        Raises:
+            ValueError: If the network has no gene-query decoder.
+        """
+        if self.query_decoder is None:
+            msg = (
+                "This model has no gene-query decoder: it was trained with latent_loss_weight=0. Load a "
+                "checkpoint that has one, or pretrain with latent_loss_weight > 0."
+            )
+            raise ValueError(msg)
+        answers = self.query_decoder(cell_embeddings, self.model.embed_tokens(gene_ids))  # (B, Q, 2)
+        return answers[..., 0], nn.functional.softplus(answers[..., 1])
+
     @can_return_tuple
-    def forward(  # noqa: PLR0913 - the inputs of the encoder, two targets and one switch
+    def forward(  # noqa: PLR0913 - the inputs of the encoder, the targets and one switch
         self,
         input_ids: torch.Tensor | None = None,
         expression_values: torch.Tensor | None = None,
@@ -233,6 +238,9 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
         expression_labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         *,
+        query_ids: torch.Tensor | None = None,
+        query_labels: torch.Tensor | None = None,
+        query_log_ratio: torch.Tensor | None = None,
         output_all_logits: bool | None = None,
         **kwargs: Any,
     ) -> tuple | ScDivaMaskedDiffusionOutput:
@@ -252,6 +260,10 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
             labels: (B, S) int64 true gene tokens where they are to be predicted, -100 elsewhere.
             expression_labels: (B, S) true values, read where the value is hidden.
             inputs_embeds: (B, S, D) gene embeddings in place of the table's.
+            query_ids: (B, Q) genes the gene-query decoder is asked for, ``pad_token_id`` at empty slots; read
+                where the network has the decoder.
+            query_labels: (B, Q) values of these genes in the clean cell, 0 where they are not expressed.
+            query_log_ratio: (B,) log of (share of expressed genes asked / share of silent genes asked).
             output_all_logits: Return (B, S, V) logits; when not given, the opposite of ``sparse_prediction``.
             **kwargs: ``output_hidden_states``, ``output_attentions``, ``return_dict``, and what kernels take.
 
@@ -294,8 +306,13 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
             cell_expression_loss = masked_expression_loss(
                 expression_predictions[rows], expression_labels[rows], rows[0], n_cells
             )  # (B,)
+        cell_latent_loss = None
+        if self.query_decoder is not None and query_ids is not None:
+            cell_latent_loss = self._latent_loss(
+                hidden_states[:, 0], query_ids, query_labels, query_log_ratio
+            )  # (B,)
         return ScDivaMaskedDiffusionOutput(
-            **self._mean_losses(cell_gene_loss, cell_expression_loss),
+            **self._mean_losses(cell_gene_loss, cell_expression_loss, cell_latent_loss),
             logits=logits,
             expression_predictions=expression_predictions,
             last_hidden_state=hidden_states,
@@ -348,28 +365,49 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
             )
             raise ValueError(msg)
 
-    def _mean_losses(
-        self, cell_gene_loss: torch.Tensor | None, cell_expression_loss: torch.Tensor | None
-    ) -> dict[str, torch.Tensor | None]:
-        """Average the losses (B,) over the cells and weigh them.
+    def _latent_loss(
+        self,
+        cell_embeddings: torch.Tensor,
+        query_ids: torch.Tensor,
+        query_labels: torch.Tensor | None,
+        query_log_ratio: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Ask the cell embeddings (B, D) for genes (B, Q).
 
         Returns:
-            The five loss fields of the output.
+            (B,) latent loss of each cell.
+
+        Raises:
+            ValueError: If the answers did not come.
         """
-        loss = gene_loss = expression_loss = None
-        if cell_gene_loss is not None:
-            loss = gene_loss = cell_gene_loss.mean()
-        if cell_expression_loss is not None:
-            expression_loss = cell_expression_loss.mean()
-            weighted = self.config.expression_loss_weight * expression_loss
-            loss = weighted if loss is None else loss + weighted
-        return {
-            "loss": loss,
-            "gene_loss": gene_loss,
-            "expression_loss": expression_loss,
-            "cell_gene_loss": cell_gene_loss,
-            "cell_expression_loss": cell_expression_loss,
+        if query_labels is None or query_log_ratio is None:
+            msg = "query_ids came without query_labels or query_log_ratio. Pass all three, or none."
+            raise ValueError(msg)
+        is_query = query_ids != self.config.pad_token_id
+        log_odds, predictions = self.decode_genes(cell_embeddings, query_ids)
+        return gene_query_loss(log_odds, predictions, query_labels, is_query, query_log_ratio)
+
+    def _mean_losses(
+        self,
+        cell_gene_loss: torch.Tensor | None,
+        cell_expression_loss: torch.Tensor | None,
+        cell_latent_loss: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor | None]:
+        """Average the losses (B,) over the cells and add them up with their weights.
+
+        Returns:
+            The seven loss fields of the output.
+        """
+        cell_losses = {"gene": cell_gene_loss, "expression": cell_expression_loss, "latent": cell_latent_loss}
+        weights = {
+            "gene": 1.0,
+            "expression": self.config.expression_loss_weight,
+            "latent": self.config.latent_loss_weight,
         }
+        losses = {kind: part.mean() for kind, part in cell_losses.items() if part is not None}
+        total = torch.stack([weights[kind] * part for kind, part in losses.items()]).sum() if losses else None
+        fields = {f"{kind}_loss": losses.get(kind) for kind in cell_losses}
+        return {"loss": total} | fields | {f"cell_{kind}_loss": part for kind, part in cell_losses.items()}
 
 
 class ScDivaForSequenceClassification(ScDivaPreTrainedModel):
@@ -379,6 +417,7 @@ class ScDivaForSequenceClassification(ScDivaPreTrainedModel):
         r"^lm_head\.",
         r"^gene_transform\.",
         r"^value_head\.",
+        r"^query_decoder\.",
     ]
     _fresh_head_prefix = "classifier."
 
@@ -432,29 +471,6 @@ class ScDivaForSequenceClassification(ScDivaPreTrainedModel):
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
-
-def pool_cells(hidden_states: torch.Tensor, attention_mask: torch.Tensor, cell_pooling: str) -> torch.Tensor:
-    """Reduce the states of each cell to one vector.
-
-    Args:
-        hidden_states: (B, S, D) last hidden states, `<lat>` at position 0.
-        attention_mask: (B, S) bool or 0/1, 0 at padding.
-        cell_pooling: "lat" takes the state of `<lat>`, "mean" the mean over the positions behind it.
-
-    Returns:
-        (B, D) one vector per cell; zeros where "mean" finds a cell without genes.
-
-    Raises:
-        ValueError: If ``cell_pooling`` is neither.
-    """
-    if cell_pooling == "lat":
-        return hidden_states[:, 0]
-    if cell_pooling != "mean":
-        msg = f'cell_pooling must be "lat" or "mean", got {cell_pooling!r}.'
-        raise ValueError(msg)
-    is_gene = attention_mask[:, 1:].to(hidden_states.dtype).unsqueeze(-1)  # (B, S - 1, 1)
-    return (hidden_states[:, 1:] * is_gene).sum(dim=1) / is_gene.sum(dim=1).clamp(min=1.0)
 
 
 __all__ = [

@@ -204,6 +204,8 @@ class ScDivaPreTrainedModel(PreTrainedModel):
             raise ValueError(msg)
         if attention_mask is not None:
             is_attended = attention_mask.bool()
+        if not self.config.use_anchor and input_ids is not None:
+            is_attended = is_attended & (input_ids != self.config.lat_token_id)
         has_value = is_attended & is_gene
         is_hidden = has_value & (is_gene_masked if is_masked is None else is_masked.bool())
         return PositionMasks(is_attended, has_value & ~is_hidden, is_hidden, is_attended & is_gene_masked)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -62,31 +63,33 @@ class LossMeter:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        self._has_latent_loss = False
         self._reset()
 
     def _reset(self) -> None:
-        # Rows: gene loss, expression loss, weighted total, cells; columns: time bins. On the device, so that
-        # no step waits for the numbers; float64, because sums run over many cells (Apple's GPUs have float32
-        # only).
+        # Rows: gene, expression and latent loss, weighted total, cells; columns: time bins. On the device, so
+        # that no step waits for the numbers; float64, because sums run over many cells (Apple's GPUs have
+        # float32 only).
         dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
-        self._sums = torch.zeros(4, N_TIME_BINS, dtype=dtype, device=self.accelerator.device)
+        self._sums = torch.zeros(5, N_TIME_BINS, dtype=dtype, device=self.accelerator.device)
 
     @torch.no_grad()
     def update(self, outputs: Any, timestep: torch.Tensor) -> None:
         """Add one micro-batch.
 
         Args:
-            outputs: Of the model, with ``cell_gene_loss`` and ``cell_expression_loss`` (B,).
+            outputs: Of the model, with ``cell_gene_loss`` and ``cell_expression_loss`` (B,), and with
+                ``cell_latent_loss`` if the network has a gene-query decoder.
             timestep: (B,) diffusion times in (0, 1].
         """
         bins = time_bin(timestep)
-        gene, expression = outputs.cell_gene_loss, outputs.cell_expression_loss
-        gene, expression = gene.to(self._sums), expression.to(self._sums)
-        self._weight = outputs.expression_loss_weight if hasattr(outputs, "expression_loss_weight") else None
-        self._sums[0].index_add_(0, bins, gene)
-        self._sums[1].index_add_(0, bins, expression)
-        self._sums[3].index_add_(0, bins, torch.ones_like(gene))
-        self._sums[2, 0] += outputs.loss * len(gene)
+        cell_losses = (outputs.cell_gene_loss, outputs.cell_expression_loss, outputs.cell_latent_loss)
+        for row, cell_loss in enumerate(cell_losses):
+            if cell_loss is not None:
+                self._sums[row].index_add_(0, bins, cell_loss.to(self._sums))
+        self._has_latent_loss = outputs.cell_latent_loss is not None
+        self._sums[3, 0] += outputs.loss * len(timestep)
+        self._sums[4].index_add_(0, bins, torch.ones_like(timestep).to(self._sums))
 
     def pop(self, prefix: str) -> dict[str, float]:
         """Return the means since the last call and start anew.
@@ -95,21 +98,18 @@ class LossMeter:
             prefix: ``train`` or ``eval``.
 
         Returns:
-            ``*_loss``, ``*_gene_loss``, ``*_expression_loss``, ``*_n_cells`` and the losses of each time bin.
+            ``*_loss``, ``*_gene_loss``, ``*_expression_loss``, ``*_latent_loss`` where there is one,
+            ``*_n_cells``, and the losses of each time bin.
         """
         sums = sum_over_processes(self._sums, self.accelerator).cpu()
         self._reset()
-        n_cells = sums[3].sum().clamp(min=1.0)
-        numbers = {
-            f"{prefix}_loss": float(sums[2].sum() / n_cells),
-            f"{prefix}_gene_loss": float(sums[0].sum() / n_cells),
-            f"{prefix}_expression_loss": float(sums[1].sum() / n_cells),
-            f"{prefix}_n_cells": float(n_cells),
-        }
-        for index in range(N_TIME_BINS):
-            if sums[3, index] > 0:
-                numbers[f"{prefix}_gene_loss_t{index}"] = float(sums[0, index] / sums[3, index])
-                numbers[f"{prefix}_expression_loss_t{index}"] = float(sums[1, index] / sums[3, index])
+        n_cells = sums[4].sum().clamp(min=1.0)
+        kinds = ("gene", "expression", "latent") if self._has_latent_loss else ("gene", "expression")
+        numbers = {f"{prefix}_loss": float(sums[3].sum() / n_cells), f"{prefix}_n_cells": float(n_cells)}
+        for row, kind in enumerate(kinds):
+            numbers[f"{prefix}_{kind}_loss"] = float(sums[row].sum() / n_cells)
+            for index in np.flatnonzero(sums[4] > 0):
+                numbers[f"{prefix}_{kind}_loss_t{index}"] = float(sums[row, index] / sums[4, index])
         return numbers
 
 

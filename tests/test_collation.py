@@ -29,7 +29,13 @@ def make_batch(n_cells=8, n_genes=100, *, seed=0, depth=2000, epoch=0):
     values = normalise_counts(counts, np.repeat(library_size, lengths), 1e4)
     cells = FlatCells(offsets, tokens.astype(np.int32), values, counts, library_size)
     cells = rank_cells(cells, gene_order="entropy", ranking_weights=weights(), max_genes=None)
-    return CellBatch(cells, draws([CellDraw(i, epoch, i, n_cells) for i in range(n_cells)]))
+    return whole_batch(cells, draws([CellDraw(i, epoch, i, n_cells) for i in range(n_cells)]))
+
+
+def whole_batch(cells, cell_draws):
+    """All cells from one file that measures every gene."""
+    is_measured = np.arange(VOCAB_SIZE)[None] >= 5
+    return CellBatch(cells, cell_draws, np.zeros(cells.n_cells, np.int64), is_measured)
 
 
 def draws(rows):
@@ -52,7 +58,7 @@ def take(batch, rows):
     entries = np.concatenate([np.arange(cells.offsets[r], cells.offsets[r + 1]) for r in rows])
     offsets = np.concatenate([[0], np.cumsum(cells.n_genes[rows])])
     flat = (part[entries] for part in (cells.token_ids, cells.values, cells.counts))
-    return CellBatch(FlatCells(offsets, *flat, cells.library_size[rows]), batch.draws[rows])
+    return whole_batch(FlatCells(offsets, *flat, cells.library_size[rows]), batch.draws[rows])
 
 
 def clean_cell(batch, row, max_genes=64):
@@ -184,7 +190,7 @@ def test_depth_law():
     cells = FlatCells(
         np.arange(n_cells + 1), np.full(n_cells, 9, np.int32), np.ones(n_cells, np.float32), None, None
     )
-    batch = CellBatch(
+    batch = whole_batch(
         cells, draws([CellDraw(i, 0, 0, 10**9) for i in range(n_cells)])
     )  # t = 0: nothing masked
     inputs = collator(depth_corruption="scale", max_genes=1)(batch)
@@ -256,7 +262,7 @@ def test_thinning_never_empties_a_cell():
     counts, depth = np.ones(n_cells, np.int32), np.full(n_cells, 50.0)
     values = normalise_counts(counts, depth, 1e4)
     cells = FlatCells(np.arange(n_cells + 1), np.full(n_cells, 9, np.int32), values, counts, depth)
-    batch = CellBatch(cells, draws([CellDraw(i, 0, 0, 10**9) for i in range(n_cells)]))
+    batch = whole_batch(cells, draws([CellDraw(i, 0, 0, 10**9) for i in range(n_cells)]))
     inputs = collator(depth_corruption="thin", depth_probability=1.0, depth_range=(0.1, 0.1))(batch)
     assert (inputs["input_ids"] == torch.tensor([LAT, 9])).all()
 

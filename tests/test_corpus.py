@@ -381,9 +381,9 @@ def test_wrong_corpora_are_refused(corpus_folder, tokenizer, tmp_path):
     (folder / "manifest.json").write_text(text[:50])
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
         open_corpus(folder, tokenizer)
-    (folder / "manifest.json").write_text(text.replace('"format_version": 1', '"format_version": 99'))
+    (folder / "manifest.json").write_text(text.replace('"format_version": 2', '"format_version": 99'))
     with pytest.raises(
-        ValueError, match=r"is of format \('scdiva-corpus', 99\), wanted \('scdiva-corpus', 1\)"
+        ValueError, match=r"is of format \('scdiva-corpus', 99\), wanted \('scdiva-corpus', 2\)"
     ):
         open_corpus(folder, tokenizer)
 

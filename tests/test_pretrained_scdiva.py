@@ -29,6 +29,7 @@ TRAVELLING_FILES = {
     "configuration_scdiva.py",
     "diffusion_scdiva.py",
     "layers_scdiva.py",
+    "outputs_scdiva.py",
     "modeling_scdiva.py",
     "pretrained_scdiva.py",
 }

@@ -205,6 +205,7 @@ def test_time_bins_hold_the_means_of_their_cells():
         loss = torch.tensor(3.0)
         cell_gene_loss = torch.tensor([1.0, 2.0, 6.0])
         cell_expression_loss = torch.tensor([0.1, 0.2, 0.3])
+        cell_latent_loss = torch.tensor([0.4, 0.6, 0.8])
 
     meter = LossMeter(Accelerator(cpu=True))
     meter.update(Outputs(), torch.tensor([0.05, 0.1, 1.0]))  # 0.1 belongs to the first bin, (0, 0.1]
@@ -213,6 +214,8 @@ def test_time_bins_hold_the_means_of_their_cells():
     assert numbers["eval_gene_loss_t9"] == pytest.approx(6.0)
     assert "eval_gene_loss_t5" not in numbers
     assert numbers["eval_gene_loss"] == pytest.approx(3.0)
+    assert numbers["eval_latent_loss_t0"] == pytest.approx(0.5)
+    assert numbers["eval_latent_loss"] == pytest.approx(0.6)
     assert numbers["eval_n_cells"] == 3
     assert meter.pop("eval")["eval_gene_loss"] == 0.0
 

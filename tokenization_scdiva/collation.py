@@ -15,8 +15,10 @@ import torch
 
 from modeling_scdiva.diffusion_scdiva import stratified_timesteps
 from tokenization_scdiva.corpus import CellBatch
+from tokenization_scdiva.gene_queries import draw_gene_queries
 from tokenization_scdiva.ranking_scdiva import (
     FlatCells,
+    hashed_uniform,
     normalise_counts,
     pad_cells,
     rank_cells,
@@ -72,6 +74,8 @@ class ScDivaDataCollator:
             molecules anew and ranks again, ``none`` leaves it. Targets always stay those of the clean cell.
         depth_probability: Share of cells whose depth is corrupted.
         depth_range: Ends of the log-uniform law of the kept share of depth.
+        n_gene_queries: Genes a cell is asked for, half expressed and half silent, for a network with a
+            gene-query decoder; 0 for none.
         pad_to_multiple_of: Round the width of a batch up, for compiled or tensor-core runs.
     """
 
@@ -87,6 +91,7 @@ class ScDivaDataCollator:
     depth_corruption: Literal["none", "scale", "thin"] = "scale"
     depth_probability: float = 0.5
     depth_range: tuple[float, float] = (0.1, 1.0)
+    n_gene_queries: int = 0
     pad_to_multiple_of: int = 1
 
     def __post_init__(self) -> None:
@@ -98,6 +103,9 @@ class ScDivaDataCollator:
             if value not in allowed:
                 msg = f"{name} must be one of {', '.join(allowed)}, got {value!r}."
                 raise ValueError(msg)
+        if self.n_gene_queries < 0 or self.n_gene_queries % 2:
+            msg = f"n_gene_queries must be even and not negative, got {self.n_gene_queries}."
+            raise ValueError(msg)
         if not 0.0 <= self.depth_probability <= 1.0:
             msg = f"depth_probability must lie in [0, 1], got {self.depth_probability}."
             raise ValueError(msg)
@@ -115,6 +123,7 @@ class ScDivaDataCollator:
             "depth_probability",
             "depth_range",
             "max_genes",
+            "n_gene_queries",
         )
         return {f"corruption_{name}": getattr(self, name) for name in names}
 
@@ -150,8 +159,9 @@ class ScDivaDataCollator:
 
         Returns:
             ``input_ids``, ``expression_values``, ``is_masked``, ``labels`` and ``expression_labels`` (B, S),
-            ``timestep`` (B,), and ``attention_mask`` (B, S) where anything is padded. ``labels`` is -100
-            wherever no gene is to be predicted; ``expression_labels`` are the clean values.
+            ``timestep`` (B,), ``attention_mask`` (B, S) where anything is padded, and what
+            `draw_gene_queries` returns where genes are asked for. ``labels`` is -100 wherever no gene is to
+            be predicted; ``expression_labels`` are the clean values.
         """
         # 1. One hash per cell stands for all its random numbers.
         cell_seed = self._cell_seed(batch.draws)  # (B,)
@@ -159,10 +169,10 @@ class ScDivaDataCollator:
         clean, seen = self._corrupt_depth(batch.cells, cell_seed)  # FlatCells; (T,)
         # 3. Diffusion time, stratified over the loader batch, and one coin per gene.
         strata, n_strata = batch.draws[:, 2], int(batch.draws[0, 3])
-        timestep = stratified_timesteps(_uniform(cell_seed, TIME_STREAM), strata, n_strata)  # (B,)
+        timestep = stratified_timesteps(hashed_uniform(cell_seed, TIME_STREAM), strata, n_strata)  # (B,)
         lengths = clean.n_genes
         places = np.arange(len(clean.token_ids)) - np.repeat(clean.offsets[:-1], lengths)
-        coins = _uniform(np.repeat(cell_seed, lengths), places.astype(np.uint64))  # (T,)
+        coins = hashed_uniform(np.repeat(cell_seed, lengths), places.astype(np.uint64))  # (T,)
         is_drawn = coins < np.repeat(timestep, lengths)  # (T,)
         # 4. Inputs and targets.
         genes = clean.token_ids.astype(np.int64)
@@ -185,6 +195,15 @@ class ScDivaDataCollator:
                 (np.arange(width) <= lengths[:, None]).astype(np.int64)
             )
         inputs["timestep"] = torch.from_numpy(timestep.astype(np.float32))
+        if self.n_gene_queries:
+            queries = draw_gene_queries(
+                batch.cells,
+                batch.measured_genes[batch.dataset_ids],
+                n_queries=self.n_gene_queries,
+                cell_seed=cell_seed,
+                pad_token_id=self.pad_token_id,
+            )
+            inputs |= {name: torch.from_numpy(array) for name, array in queries.items()}
         return inputs
 
     def _cell_seed(self, draws: np.ndarray) -> np.ndarray:
@@ -192,9 +211,9 @@ class ScDivaDataCollator:
         return splitmix64(splitmix64(splitmix64(np.array(self.seed, np.uint64)) + epochs) + cells)
 
     def _corrupt_depth(self, cells: FlatCells, cell_seed: np.ndarray) -> tuple[FlatCells, np.ndarray]:
-        is_shallow = _uniform(cell_seed, COIN_STREAM) < self.depth_probability
+        is_shallow = hashed_uniform(cell_seed, COIN_STREAM) < self.depth_probability
         low, high = self.depth_range
-        kept_share = low * (high / low) ** _uniform(cell_seed, DEPTH_STREAM)
+        kept_share = low * (high / low) ** hashed_uniform(cell_seed, DEPTH_STREAM)
         kept_share = np.where(is_shallow, kept_share, 1.0)  # (B,)
         if self.depth_corruption == "thin":
             return self._thin(cells, kept_share, cell_seed)
@@ -239,9 +258,3 @@ class ScDivaDataCollator:
     def _pad(self, offsets: np.ndarray, flat: np.ndarray, *, first: float, fill: float) -> torch.Tensor:
         padded = pad_cells(offsets, flat, first=first, fill=fill, multiple=self.pad_to_multiple_of)
         return torch.from_numpy(padded)
-
-
-def _uniform(seeds: np.ndarray, counter: Any) -> np.ndarray:
-    """Numbers in [0, 1) with 53 random bits, a function of seed and counter."""
-    with np.errstate(over="ignore"):
-        return (splitmix64(seeds + splitmix64(counter)) >> np.uint64(11)) * 2.0**-53

@@ -20,10 +20,11 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch.utils.data import Dataset as TorchDataset
 
 from tokenization_scdiva.files import file_sha256
+from tokenization_scdiva.gene_queries import unpack_measured_genes
 from tokenization_scdiva.ranking_scdiva import FlatCells, normalise_counts
 
 CORPUS_FORMAT = "scdiva-corpus"
-CORPUS_FORMAT_VERSION = 1
+CORPUS_FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 SPLITS = ("train", "validation")
 # Token ids and counts fit 16 bits in nearly all corpora: 4 bytes per stored gene.
@@ -131,10 +132,14 @@ class CellBatch(NamedTuple):
     Attributes:
         cells: All genes of the B cells in ranking order, uncut.
         draws: (B, 4) int64, the rows of `CellDraw`.
+        dataset_ids: (B,) int64, the file of each cell.
+        measured_genes: (files, V) bool, the genes that each file measures.
     """
 
     cells: FlatCells
     draws: np.ndarray
+    dataset_ids: np.ndarray
+    measured_genes: np.ndarray
 
 
 class CellCorpus(TorchDataset[CellBatch]):
@@ -173,6 +178,10 @@ class CellCorpus(TorchDataset[CellBatch]):
         )
         self._rows = rows.with_format("arrow")
         self.n_genes = _list_lengths(rows.data.column("gene_ids"))
+        vocab_size = self.manifest["vocab_size"]
+        self.measured_genes = np.stack(
+            [unpack_measured_genes(file["measured_genes"], vocab_size) for file in self.manifest["datasets"]]
+        )  # (files, V)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -193,13 +202,14 @@ class CellCorpus(TorchDataset[CellBatch]):
         table = self._rows[keys[:, 0].tolist()]
         offsets, token_ids = _flat_list(table.column("gene_ids"))
         token_ids = token_ids.astype(np.int32)
+        files = table.column("dataset_id").to_numpy().astype(np.int64), self.measured_genes
         if self.value_kind == "log1p":
             values = _flat_list(table.column("expression_values"))[1].astype(np.float32)
-            return CellBatch(FlatCells(offsets, token_ids, values, None, None), keys)
+            return CellBatch(FlatCells(offsets, token_ids, values, None, None), keys, *files)
         counts = _flat_list(table.column("counts"))[1].astype(np.int32)
         library_size = table.column("library_size").to_numpy().astype(np.float64)
         values = normalise_counts(counts, np.repeat(library_size, np.diff(offsets)), self.target_sum)
-        return CellBatch(FlatCells(offsets, token_ids, values, counts, library_size), keys)
+        return CellBatch(FlatCells(offsets, token_ids, values, counts, library_size), keys, *files)
 
     def describe(self, cell: int) -> dict[str, Any]:
         """Say which cell a row is: data set, row in its file and the kept ``obs`` columns.

@@ -55,6 +55,7 @@ from tokenization_scdiva.files import (
     remove_partials,
     write_json,
 )
+from tokenization_scdiva.gene_queries import pack_measured_genes
 from tokenization_scdiva.genes_scdiva import check_count_overlap
 from tokenization_scdiva.ranking_scdiva import (
     FlatCells,
@@ -137,6 +138,7 @@ def _build_identity(
     identity: dict[str, Any] = {
         "format": CORPUS_FORMAT,
         "format_version": CORPUS_FORMAT_VERSION,
+        "vocab_size": len(tokenizer.vocabulary),
         "ranking": tokenizer.ranking_settings,
         "settings": {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()
@@ -274,6 +276,7 @@ class _Part:
             "n_cells_kept": n_kept,
             "n_cells_dropped": {reason: n_dropped} if n_dropped else {},
             "genes": match.report.to_dict(),
+            "measured_genes": pack_measured_genes(match.token_ids, len(tokenizer.vocabulary)),
             "matched_fraction_of_counts": matched / total if total else 0.0,
             "n_rows": n_written,
         }
@@ -389,7 +392,8 @@ def _write_manifest(
     if not all(path.exists() for path in paths):
         return None
     sidecars = [json.loads(path.read_text("utf-8")) for path in paths]
-    manifest = {key: build[key] for key in ("format", "format_version", "ranking", "settings", "value_kind")}
+    kept = ("format", "format_version", "ranking", "settings", "value_kind", "vocab_size")
+    manifest = {key: build[key] for key in kept}
     manifest |= {"build_hash": build["hash"], "datasets": sidecars[0]["datasets"], "splits": {}}
     for split in SPLITS:
         shards = [sidecar["shards"][split] for sidecar in sidecars]

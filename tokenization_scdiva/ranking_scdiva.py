@@ -70,6 +70,20 @@ def splitmix64(counter: np.ndarray) -> np.ndarray:
     return word ^ (word >> np.uint64(31))
 
 
+def hashed_uniform(seeds: np.ndarray, counter: np.ndarray | np.uint64) -> np.ndarray:
+    """Draw numbers that are a function of seed and counter alone.
+
+    Args:
+        seeds: uint64 hashes.
+        counter: uint64 places in the stream, of a shape that fits.
+
+    Returns:
+        float64 in [0, 1) with 53 random bits.
+    """
+    with np.errstate(over="ignore"):
+        return (splitmix64(seeds + splitmix64(counter)) >> np.uint64(11)) * 2.0**-53  # type: ignore[arg-type]
+
+
 def normalise_counts(counts: np.ndarray, library_size: np.ndarray, target_sum: float) -> np.ndarray:
     """Turn molecules into expression values, v = log1p(target_sum * c / N).
 

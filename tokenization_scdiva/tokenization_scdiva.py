@@ -338,19 +338,28 @@ class ScDivaTokenizer(PreTrainedTokenizer):
         )
 
     def match_genes(
-        self, adata: Any, counts: Counts, *, gene_id_key: str | None = None, min_gene_overlap: float = 0.1
+        self,
+        adata: Any,
+        counts: Counts | None = None,
+        *,
+        gene_id_key: str | None = None,
+        min_gene_overlap: float = 0.1,
+        **reading: Any,
     ) -> GeneMatch:
         """Match the genes of an AnnData with the vocabulary, entry by entry, and log the report.
 
         Args:
             adata: Where the names stand.
-            counts: What `read_counts` returned for it; its totals decide between duplicates.
+            counts: What `read_counts` returned for it; its totals decide between duplicates. Read here when
+                not given.
             gene_id_key: Column of ``var`` with gene ids; default: the names and every known column.
             min_gene_overlap: Least share of genes that must be known.
+            **reading: ``layer`` and ``expression_is_log1p``, when the counts are read here.
 
         Returns:
             Token id per column, -1 where unused, and the report.
         """
+        counts = read_counts(adata, **reading) if counts is None else counts
         names = gene_name_columns(adata, use_raw=counts.use_raw, gene_id_key=gene_id_key)
         return match_genes(
             names,

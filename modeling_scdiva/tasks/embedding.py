@@ -1,48 +1,31 @@
 """Cell embeddings: one vector per cell from the frozen encoder.
 
 Notable choices:
-- The tokenizer comes as an argument and is known here by a `Protocol` only.
 - Cells are read and tokenised in blocks, so the memory for a backed file does not grow with the file. Inside
   a block they are sorted by length, which saves padding, and their vectors go back to their own rows.
-- A tokenizer of another vocabulary is refused: the tokens would be other genes, and nothing would show it.
 
 Dimensions: N cells in a file, B cells in a loader batch, S positions, D width.
 """
 
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_scdiva.modeling_scdiva import pool_cells
+from modeling_scdiva.tasks.cells import (
+    BLOCK_SIZE,
+    CellTokenizer,
+    check_vocabulary,
+    encoder_of,
+    evaluation_mode,
+    refuse_path,
+)
 
-# Cells tokenised at once, roughly: enough for batches of nearly equal length, few enough for any memory.
-BLOCK_SIZE = 1024
 POOLINGS = ("lat", "mean")
-
-
-class CellTokenizer(Protocol):
-    """What is needed of a tokenizer; `ScDivaTokenizer` has it."""
-
-    vocabulary: Any  # with a content_hash
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens V, specials included."""
-
-    def iter_cells(
-        self, adata: Any, *, max_genes: int | None, block_size: int, **kwargs: Any
-    ) -> Iterator[Any]:
-        """Tokenize an AnnData block by block, in the order of its cells."""
-
-    def pad_cells(self, cells: Any, *, return_tensors: str) -> Mapping[str, torch.Tensor]:
-        """Lay the cells of one block out as model inputs."""
 
 
 def embed_cells(
@@ -60,7 +43,7 @@ def embed_cells(
 
     The model runs where it is and as it is: on its device, in its dtype, in evaluation mode, which is undone
     afterwards. The result does not depend on ``batch_size`` beyond rounding. A vector that is not finite
-    raises ``FloatingPointError``.
+    raises ``FloatingPointError``; a path instead of an AnnData, ``TypeError``.
 
     Args:
         adata: AnnData with N cells, in memory or backed; a backed one is read in blocks.
@@ -79,13 +62,10 @@ def embed_cells(
         (N, D) float32, rows in the order of ``adata.obs_names``.
 
     Raises:
-        TypeError: If a path comes instead of an AnnData.
         ValueError: If ``batch_size`` or ``pooling`` is impossible, or the vocabularies of tokenizer and model
             differ.
     """
-    if isinstance(adata, str | os.PathLike):
-        msg = f"Cells are taken from an AnnData, got a path ({adata}); open it with anndata.read_h5ad."
-        raise TypeError(msg)
+    refuse_path(adata)
     if batch_size < 1:
         msg = f"batch_size must be at least 1 cell, got {batch_size}."
         raise ValueError(msg)
@@ -93,7 +73,7 @@ def embed_cells(
         msg = f'pooling must be "lat" or "mean", got {pooling!r}.'
         raise ValueError(msg)
     check_vocabulary(model, tokenizer)
-    encoder: Any = model.base_model
+    encoder = encoder_of(model)
     # A whole number of batches per block, so that no block ends in a small batch.
     block_size = batch_size * max(1, round(BLOCK_SIZE / batch_size))
     blocks = tokenizer.iter_cells(adata, max_genes=max_genes, block_size=block_size, **reading)
@@ -101,7 +81,7 @@ def embed_cells(
     embeddings = np.empty((adata.n_obs, model.config.hidden_size), dtype=np.float32)
     start = 0
     bar = tqdm(total=adata.n_obs, unit=" cells", desc="Embedding", disable=not show_progress)
-    with bar, _evaluation_mode(encoder), torch.inference_mode():
+    with bar, evaluation_mode(encoder), torch.inference_mode():
         for block in blocks:
             inputs = tokenizer.pad_cells(block, return_tensors="pt")
             stop = start + len(inputs["input_ids"])
@@ -114,32 +94,6 @@ def embed_cells(
         msg = f"The tokenizer gave {start} cells of {adata.n_obs}; every cell must come, in order."
         raise ValueError(msg)
     return embeddings
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: CellTokenizer) -> None:
-    """Refuse a tokenizer whose tokens are not those the model was trained with.
-
-    Args:
-        model: Any scDiVa model; without ``config.vocabulary_hash`` only the sizes can be compared.
-        tokenizer: Tokenizer to go with it.
-
-    Raises:
-        ValueError: If the number of tokens or the content of the vocabularies differs.
-    """
-    config = model.config
-    if tokenizer.vocab_size != config.vocab_size:
-        msg = (
-            f"The tokenizer has {tokenizer.vocab_size:,} tokens and the model {config.vocab_size:,}. "
-            "Load the tokenizer from the folder of the model."
-        )
-        raise ValueError(msg)
-    found = tokenizer.vocabulary.content_hash
-    if config.vocabulary_hash is not None and found != config.vocabulary_hash:
-        msg = (
-            f"The model was trained with the vocabulary {config.vocabulary_hash[:12]} and the tokenizer has "
-            f"{found[:12]}: the same token would be another gene. Load the tokenizer from the model's folder."
-        )
-        raise ValueError(msg)
 
 
 def _embed_block(
@@ -167,15 +121,3 @@ def _refuse_not_finite(embeddings: np.ndarray, start: int, adata: Any) -> None:
             f"finite, first {name!r}. Load the model with dtype=torch.float32; float16 overflows easily."
         )
         raise FloatingPointError(msg)
-
-
-@contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and give every submodule its own mode back, also after an error."""
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, mode in modes.items():
-            submodule.training = mode

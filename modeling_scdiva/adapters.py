@@ -1,0 +1,143 @@
+"""What of a model is trained: low-rank adapters (LoRA), everything, the last layers, or the head alone.
+
+Notable choices:
+- Adapters are PEFT's, on the seven matrices of every layer; a new head is trained and saved whole.
+- The folder of an adapter names its base by an absolute path or a Hub id, so that it loads from anywhere.
+
+Source: Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models"; METHOD.md section 7.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Trainable = Literal["lora", "full", "last_layers", "head"]
+TRAINABLE = ("lora", "full", "last_layers", "head")
+LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def make_trainable(
+    model: Any,
+    trainable: Trainable,
+    *,
+    lora_rank: int = 8,
+    lora_alpha: int = 16,
+    lora_dropout: float = 0.0,
+    n_last_layers: int = 4,
+    modules_to_save: Sequence[str] = (),
+) -> nn.Module:
+    """Choose what fine-tuning changes.
+
+    Args:
+        model: A scDiVa model, with its head.
+        trainable: "lora" adds adapters to every layer and freezes the rest, "full" trains everything,
+            "last_layers" the last layers and the final norm, "head" nothing of the encoder.
+        lora_rank: Rank of the adapters.
+        lora_alpha: Scale of the adapters, which are multiplied by ``lora_alpha / lora_rank``.
+        lora_dropout: Dropout in front of the adapters, in [0, 1).
+        n_last_layers: Layers that "last_layers" trains.
+        modules_to_save: Names of modules (a head) that are trained whole in every mode.
+
+    Returns:
+        A `peft.PeftModel` around the model for "lora", else the model itself.
+
+    Raises:
+        ValueError: If ``trainable`` is unknown, a number is out of range, or a module does not exist.
+    """
+    if trainable not in TRAINABLE:
+        msg = f"trainable must be one of {', '.join(TRAINABLE)}, got {trainable!r}."
+        raise ValueError(msg)
+    for name in modules_to_save:
+        if not any(part == name or part.endswith(f".{name}") for part, _ in model.named_modules()):
+            msg = (
+                f"{type(model).__name__} has no module {name!r} to train; it has "
+                f"{', '.join(part for part, _ in model.named_children())}."
+            )
+            raise ValueError(msg)
+    if trainable == "lora":
+        return _with_lora(model, lora_rank, lora_alpha, lora_dropout, modules_to_save)
+    model.requires_grad_(trainable == "full")
+    if trainable == "last_layers":
+        layers = model.base_model.layers
+        if not 1 <= n_last_layers <= len(layers):
+            msg = f"n_last_layers must lie in [1, {len(layers)}], got {n_last_layers}."
+            raise ValueError(msg)
+        layers[-n_last_layers:].requires_grad_()
+        model.base_model.norm.requires_grad_()
+    for part, module in model.named_modules():
+        if part.rsplit(".", 1)[-1] in modules_to_save:
+            module.requires_grad_()
+    return model
+
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy the weights that fine-tuning changes.
+
+    Args:
+        model: Model after `make_trainable`.
+
+    Returns:
+        Name -> detached copy of each parameter that requires a gradient.
+    """
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def save_adapter(
+    model: Any, folder: str | Path, *, tokenizer: Any = None, base_model: str | Path | None = None
+) -> None:
+    """Save a fine-tuned model: the adapter alone for LoRA, else all weights.
+
+    Args:
+        model: What `make_trainable` returned.
+        folder: Where to.
+        tokenizer: Saved beside a whole model; an adapter takes that of its base.
+        base_model: Path or Hub id that the adapter is to name as its base; default where the base was loaded
+            from. Name the Hub id before an adapter is pushed.
+
+    Raises:
+        ValueError: If it is not known where the base of an adapter is.
+    """
+    folder = Path(folder)
+    if not hasattr(model, "peft_config"):
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return
+    for settings in model.peft_config.values():
+        base = str(base_model or settings.base_model_name_or_path or "")
+        if not base:
+            msg = (
+                "An adapter needs to say where its base is, and this base was never loaded from anywhere. "
+                "Save it with save_pretrained and pass that folder, or its Hub id, as base_model=..."
+            )
+            raise ValueError(msg)
+        # A relative path would be looked up on the Hub from any other folder.
+        settings.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    model.save_pretrained(folder)
+
+
+def _with_lora(
+    model: Any, rank: int, alpha: int, dropout: float, modules_to_save: Sequence[str]
+) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    if rank < 1:
+        msg = f"lora_rank must be at least 1, got {rank}."
+        raise ValueError(msg)
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(LORA_TARGET_MODULES),
+        modules_to_save=list(modules_to_save) or None,
+        task_type="SEQ_CLS" if is_classifier else None,
+    )
+    return get_peft_model(model, settings)

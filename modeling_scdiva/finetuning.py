@@ -1,0 +1,206 @@
+"""Fine-tuning: one plain Accelerate loop for every task, with early stopping on the task's own score.
+
+Notable choices:
+- A task gives a module whose output has a ``loss``, and a function that makes a batch of any rows; shuffling,
+  rates, devices and stopping are here.
+- Rows of a batch depend on (seed, epoch) alone and are dealt out to the processes, so a run sees the same
+  cells at any world size.
+- The weights of the best epoch are restored at the end: the score is the task's, on its validation cells.
+
+Source: METHOD.md section 7.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from modeling_scdiva.adapters import trainable_state
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FinetuningArguments:
+    """Numbers of a fine-tuning run.
+
+    Attributes:
+        n_epochs: Passes over the examples, at most.
+        batch_size: Examples per optimiser step, over all processes.
+        learning_rate: Peak learning rate.
+        weight_decay: On matrices; not on norms, biases and embeddings.
+        warmup_fraction: Share of the steps in which the rate rises; then it falls linearly to zero.
+        max_grad_norm: Gradients are clipped to this norm.
+        patience: Epochs without a better validation score before stopping; 0 for never.
+        seed: Of the shuffle and of dropout.
+    """
+
+    n_epochs: int = 30
+    batch_size: int = 32
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+    warmup_fraction: float = 0.1
+    max_grad_norm: float = 1.0
+    patience: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                msg = f"{name} must be at least 1, got {getattr(self, name)}."
+                raise ValueError(msg)
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                msg = f"{name} must be positive, got {getattr(self, name)}."
+                raise ValueError(msg)
+        if not 0.0 <= self.warmup_fraction <= 1.0:
+            msg = f"warmup_fraction must lie in [0, 1], got {self.warmup_fraction}."
+            raise ValueError(msg)
+        if self.patience < 0:
+            msg = f"patience must not be negative, got {self.patience}."
+            raise ValueError(msg)
+
+
+def finetune(
+    model: nn.Module,
+    *,
+    n_examples: int,
+    make_batch: Callable[[np.ndarray, int], Batch],
+    arguments: FinetuningArguments,
+    accelerator: Accelerator | None = None,
+    validate: Callable[[], float] | None = None,
+    show_progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train what requires a gradient, in place. A gradient that is not finite raises `FloatingPointError`.
+
+    Args:
+        model: Its output, a mapping, holds the scalar ``loss``; other entries that end in "loss" are logged.
+        n_examples: Number of training examples.
+        make_batch: (rows, epoch) -> inputs of the model; rows index the examples.
+        arguments: Run numbers.
+        accelerator: Where the run happens; default one on the current device.
+        validate: Called after each epoch; a higher score is better. Without it, the last weights stay.
+        show_progress: Show a progress bar.
+
+    Returns:
+        One mapping per epoch: ``epoch``, the mean of each loss, and ``score`` if there is one.
+
+    Raises:
+        ValueError: If there is nothing to train, or nothing to train on.
+    """
+    accelerator = Accelerator() if accelerator is None else accelerator
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if n_examples < 1 or not parameters:
+        msg = f"Nothing to train: {n_examples} examples, {len(parameters)} trainable tensors."
+        raise ValueError(msg)
+    n_steps = arguments.n_epochs * math.ceil(n_examples / arguments.batch_size)
+    model.to(accelerator.device)
+    optimizer = _optimizer(model, arguments)
+    wrapped = accelerator.prepare_model(model)
+    history: list[dict[str, float]] = []
+    best_score, best_state, n_without_better, step = -math.inf, None, 0, 0
+    is_quiet = not (show_progress and accelerator.is_main_process)
+    with tqdm(total=n_steps, unit=" steps", desc="Fine-tuning", disable=is_quiet) as bar:
+        for epoch in range(arguments.n_epochs):
+            model.train()
+            sums: dict[str, float] = {}
+            for rows in _epoch_rows(n_examples, epoch, arguments, accelerator):
+                _set_rate(optimizer, step, n_steps, arguments)
+                torch.manual_seed(_dropout_seed(arguments.seed, step, accelerator.process_index))
+                losses = _take_step(
+                    model, wrapped, optimizer, make_batch(rows, epoch), arguments, accelerator
+                )
+                for name, loss in losses.items():
+                    sums[name] = sums.get(name, 0.0) + loss
+                step += 1
+                bar.update(1)
+            n_batches = math.ceil(n_examples / arguments.batch_size)
+            line = {"epoch": epoch + 1} | {name: total / n_batches for name, total in sums.items()}
+            history.append(line)
+            if validate is None:
+                continue
+            line["score"] = score = float(validate())
+            bar.set_postfix(score=f"{score:.4f}")
+            if score > best_score:
+                best_score, best_state, n_without_better = score, trainable_state(model), 0
+            else:
+                n_without_better += 1
+            if arguments.patience and n_without_better >= arguments.patience:
+                break
+    if best_state is not None:
+        model.load_state_dict(best_state, strict=False)
+    return history
+
+
+def _optimizer(model: nn.Module, arguments: FinetuningArguments) -> torch.optim.AdamW:
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim >= 2 and id(parameter) not in embeddings].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": arguments.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=arguments.learning_rate,
+    )
+
+
+def _epoch_rows(
+    n_examples: int, epoch: int, arguments: FinetuningArguments, accelerator: Accelerator
+) -> Iterator[np.ndarray]:
+    """Yield this process's part of every batch of one epoch; each process gets at least one row."""
+    order = np.random.default_rng((arguments.seed, epoch)).permutation(n_examples)
+    n_processes, process = accelerator.num_processes, accelerator.process_index
+    for start in range(0, n_examples, arguments.batch_size):
+        rows = order[start : start + arguments.batch_size]
+        if len(rows) % n_processes:  # the last batch is filled up from the start, as loaders do
+            rows = np.resize(rows, math.ceil(len(rows) / n_processes) * n_processes)
+        yield rows[process::n_processes]
+
+
+def _take_step(
+    model: nn.Module,
+    wrapped: Any,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    arguments: FinetuningArguments,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    inputs = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+    outputs = wrapped(**inputs)
+    accelerator.backward(outputs["loss"])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norm = float(nn.utils.clip_grad_norm_(trained, arguments.max_grad_norm))
+    if not math.isfinite(norm):
+        msg = f"A gradient is {norm}: training stops before the weights are spoilt. Lower the learning rate."
+        raise FloatingPointError(msg)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    names = [
+        name
+        for name, part in outputs.items()
+        if name.endswith("loss") and part is not None and part.ndim == 0
+    ]
+    return {name: float(outputs[name].detach()) for name in names}
+
+
+def _set_rate(
+    optimizer: torch.optim.Optimizer, step: int, n_steps: int, arguments: FinetuningArguments
+) -> None:
+    n_warmup = max(1, round(arguments.warmup_fraction * n_steps))
+    share = (step + 1) / n_warmup if step < n_warmup else (n_steps - step) / max(1, n_steps - n_warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = arguments.learning_rate * share
+
+
+def _dropout_seed(*place: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:7], "little")

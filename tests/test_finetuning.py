@@ -1,0 +1,146 @@
+"""Fine-tuning loop: what is seen, what is kept, when it stops.
+
+Scope: `finetuning`. Run: pytest tests/test_finetuning.py
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from modeling_scdiva.finetuning import FinetuningArguments, finetune
+
+N, WIDTH = 50, 3
+FEATURES = torch.from_numpy(np.random.default_rng(0).normal(size=(N, WIDTH)).astype(np.float32))
+TARGETS = FEATURES @ torch.tensor([1.0, -2.0, 0.5])
+
+
+class Line(nn.Module):
+    """A linear model that remembers the rows it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, 1, bias=False)
+        self.frozen = nn.Linear(WIDTH, 1)
+        self.frozen.requires_grad_(False)
+        self.dropout = nn.Dropout(0.2)
+        nn.init.zeros_(self.layer.weight)
+
+    def forward(self, rows):
+        predicted = self.layer(self.dropout(FEATURES[rows])).squeeze(1)
+        loss = (predicted - TARGETS[rows]).square().mean()
+        return {"loss": loss, "other_loss": 2 * loss.detach(), "no_loss": None, "rows": rows}
+
+
+def run(model, **changes):
+    shown = []
+
+    def make_batch(rows, epoch):
+        shown.append((epoch, rows))
+        return {"rows": torch.from_numpy(rows)}
+
+    validate = changes.pop("validate", None)
+    settings = {"n_epochs": 4, "batch_size": 8, "learning_rate": 0.05, "weight_decay": 0.0}
+    history = finetune(
+        model,
+        n_examples=N,
+        make_batch=make_batch,
+        arguments=FinetuningArguments(**(settings | changes)),
+        validate=validate,
+        show_progress=False,
+    )
+    return history, shown
+
+
+def test_every_epoch_shows_every_example_once_in_a_new_order():
+    _, shown = run(Line())
+    orders = [np.concatenate([rows for at, rows in shown if at == epoch]) for epoch in range(4)]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(N))
+    assert not np.array_equal(orders[0], orders[1])
+
+
+def test_it_learns_and_logs_means_over_the_examples():
+    history, _ = run(Line(), n_epochs=40)
+    assert [line["epoch"] for line in history] == list(range(1, 41))
+    assert history[-1]["loss"] < 0.2 * history[0]["loss"]
+    assert history[0]["other_loss"] == pytest.approx(2 * history[0]["loss"])
+    assert set(history[0]) == {"epoch", "loss", "other_loss"}
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_ran_before():
+    models = [Line(), Line(), Line()]
+    for model, seed in zip(models, (3, 3, 4), strict=True):
+        torch.rand(7)  # the state of the global generator must not matter
+        run(model, seed=seed)
+    assert torch.equal(models[0].layer.weight, models[1].layer.weight)
+    assert not torch.equal(models[0].layer.weight, models[2].layer.weight)
+
+
+def test_frozen_weights_stay_bit_for_bit():
+    model = Line()
+    before = model.frozen.weight.clone()
+    run(model)
+    assert torch.equal(model.frozen.weight, before)
+
+
+def test_the_best_epoch_is_restored_and_patience_ends_the_run():
+    model, scores, weights = Line(), iter([0.1, 0.7, 0.5, 0.7, 0.6, 0.9]), []
+
+    def validate():
+        weights.append(model.layer.weight.detach().clone())
+        return next(scores)
+
+    history, _ = run(model, n_epochs=6, patience=3, validate=validate)
+    assert [line["score"] for line in history] == [0.1, 0.7, 0.5, 0.7, 0.6]  # a tie is not better
+    assert torch.equal(model.layer.weight, weights[1])
+
+
+def test_the_rate_rises_and_falls(monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def watch(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    run(Line(), n_epochs=4, batch_size=10, warmup_fraction=0.2, learning_rate=0.1)  # 20 steps, 4 of warm-up
+    assert rates[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+    assert rates[4] == pytest.approx(0.1)
+    assert rates[-1] == pytest.approx(0.1 / 16)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
+
+
+def test_a_broken_gradient_stops_before_the_weights_are_spoilt():
+    class Broken(Line):
+        def forward(self, rows):
+            return {"loss": self.layer.weight.sum() * math.inf}
+
+    model = Broken()
+    with pytest.raises(FloatingPointError, match="Lower the learning rate"):
+        run(model)
+    assert torch.isfinite(model.layer.weight).all()
+
+
+def test_nothing_to_train_is_an_error():
+    model = Line()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="Nothing to train: 50 examples, 0 trainable tensors"):
+        run(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"warmup_fraction": 1.5}, "warmup_fraction must lie in"),
+        ({"patience": -1}, "patience must not be negative"),
+    ],
+)
+def test_impossible_numbers_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuningArguments(**changes)
