@@ -16,6 +16,16 @@ from torch import nn
 
 Trainable = Literal["lora", "full", "last_layers", "head"]
 TRAINABLE = ("lora", "full", "last_layers", "head")
+ADAPTER_CARD = """---
+library_name: peft
+{base_model}tags: [scdiva, lora, single-cell]
+---
+
+# Adapter of a scDiVa model
+
+Low-rank adapter of a masked diffusion model of single cells. It loads over its base, which
+`adapter_config.json` names.
+"""
 LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -119,8 +129,12 @@ def save_adapter(
             )
             raise ValueError(msg)
         # A relative path would be looked up on the Hub from any other folder.
-        settings.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+        is_local = Path(base).is_dir()
+        settings.base_model_name_or_path = str(Path(base).resolve()) if is_local else base
     model.save_pretrained(folder)
+    # PEFT's own card names local paths and leaves the rest to be filled in.
+    named = "" if is_local else f"base_model: {base}\n"
+    (folder / "README.md").write_text(ADAPTER_CARD.format(base_model=named), encoding="utf-8")
 
 
 def _with_lora(

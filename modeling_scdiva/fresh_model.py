@@ -1,10 +1,12 @@
-"""A model to be pretrained, made from a config file and fitted to a tokenizer."""
+"""Models with random weights: one to be pretrained, and the baseline of one that was."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from accelerate.utils import set_seed
 
 from modeling_scdiva.configuration_scdiva import ScDivaConfig
@@ -28,12 +30,12 @@ class RankingTokenizer(Protocol):
 
 
 def fresh_model(
-    config_file: str | Path, tokenizer: RankingTokenizer, *, seed: int = 0
+    config: str | Path | Mapping[str, Any], tokenizer: RankingTokenizer, *, seed: int = 0
 ) -> ScDivaForMaskedDiffusion:
     """Make a model with random weights for a vocabulary.
 
     Args:
-        config_file: `ScDivaConfig` file; its ``vocab_size`` gives way to the tokenizer's.
+        config: `ScDivaConfig` file, or its fields; ``vocab_size`` gives way to the tokenizer's.
         tokenizer: Gives vocabulary size and hash, and the gene weights of ``value_head="gene"``.
         seed: Of the weights; set for all generators.
 
@@ -43,19 +45,40 @@ def fresh_model(
     Raises:
         ValueError: If the tokenizer keeps more genes of a cell than the network has positions.
     """
-    settings = json.loads(Path(config_file).read_text("utf-8"))
+    if isinstance(config, str | Path):
+        config = json.loads(Path(config).read_text("utf-8"))
+    settings: dict[str, Any] = dict(config)  # type: ignore[arg-type]
     settings["vocab_size"] = len(tokenizer)
     settings["vocabulary_hash"] = tokenizer.ranking_settings["vocabulary_hash"]
-    config = ScDivaConfig(**settings)
-    if tokenizer.max_genes + 1 > config.max_position_embeddings:
+    network = ScDivaConfig(**settings)
+    if tokenizer.max_genes + 1 > network.max_position_embeddings:
         msg = (
             f"The tokenizer keeps max_genes={tokenizer.max_genes} genes of a cell and the anchor, the "
-            f"network of {config_file} has {config.max_position_embeddings} positions. Raise "
+            f"network has {network.max_position_embeddings} positions. Raise "
             "max_position_embeddings, or build the tokenizer with fewer genes."
         )
         raise ValueError(msg)
     set_seed(seed)
-    model = ScDivaForMaskedDiffusion(config)
-    if config.value_head == "gene":
+    model = ScDivaForMaskedDiffusion(network)
+    if network.value_head == "gene":
         model.set_gene_weights(tokenizer.ranking_weights)
     return model
+
+
+def random_weights(model: Any, *, seed: int = 0) -> Any:
+    """Make a model of the same shape that has learned nothing, the baseline of every pretrained one.
+
+    Args:
+        model: Any scDiVa model.
+        seed: Of the weights; the global generator is left as it was.
+
+    Returns:
+        A model of the same class and config on the same device, in evaluation mode; it knows the ranking
+        weights of genes where the original does.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = type(model)(model.config)
+    if getattr(getattr(model, "value_head", None), "is_gene_conditioned", False):
+        fresh.set_gene_weights(model.value_head.gene_weights)
+    return fresh.to(device=model.device, dtype=model.dtype).eval()

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    "scdiva", "torch", "transformers", "accelerate", "datasets", "anndata", "numpy", "scipy", "scikit-learn",
+    "scdiva", "torch", "transformers", "accelerate", "datasets", "peft", "anndata", "numpy", "scipy",
+    "pandas", "scikit-learn", "scanpy", "umap-learn", "scib-metrics", "harmonypy", "POT", "scvi-tools",
 )  # fmt: skip
 CPU_INFO = Path("/proc/cpuinfo")
 GIT_TIMEOUT_SECONDS = 10

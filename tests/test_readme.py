@@ -1,4 +1,4 @@
-"""The README's numbers are those of the result files it names, and its file map is complete.
+"""Numbers of README and cards are those of the result files they name; the file map is complete.
 
 Run: pytest tests/test_readme.py
 """
@@ -12,9 +12,11 @@ README = (REPOSITORY / "README.md").read_text("utf-8")
 
 
 def test_numbers_come_from_result_files():
-    script = runpy.run_path(str(REPOSITORY / "benchmarks" / "update_readme.py"))
-    assert script["BLOCK"].search(README)
-    assert script["updated"](README) == README, "run: python benchmarks/update_readme.py"
+    script = runpy.run_path(str(REPOSITORY / "benchmarks" / "update_tables.py"))
+    for name in script["PAGES"]:
+        page = (REPOSITORY / name).read_text("utf-8")
+        assert script["BLOCK"].search(page), name
+        assert script["updated"](page) == page, f"{name}: run python benchmarks/update_tables.py"
 
 
 def test_every_module_is_in_the_file_map():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tokenization_scdiva.gene_entropy import GeneEntropy
     from tokenization_scdiva.gene_table import read_gene_tables
     from tokenization_scdiva.loading import corpus_loader
-    from tokenization_scdiva.synthetic import synthetic_cells
+    from tokenization_scdiva.synthetic import synthetic_cells, synthetic_tokenizer
     from tokenization_scdiva.vocabulary_builder import build_vocabulary
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "read_counts",
     "read_gene_tables",
     "synthetic_cells",
+    "synthetic_tokenizer",
     "thin_counts",
 ]
 
@@ -61,6 +62,7 @@ LAZY_NAMES = {
     "open_cells": "files",
     "read_gene_tables": "gene_table",
     "synthetic_cells": "synthetic",
+    "synthetic_tokenizer": "synthetic",
     "thin_counts": "collation",
 }
 

@@ -5,9 +5,16 @@ its own depth. That is enough for a model to learn something and for an embeddin
 benchmark.
 """
 
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
 import anndata
 import numpy as np
 from scipy.sparse import csr_matrix
+
+from tokenization_scdiva.tokenization_scdiva import ScDivaTokenizer
+from tokenization_scdiva.vocabulary_builder import build_vocabulary
 
 MARKERS_PER_TYPE = 15
 MARKER_FOLD_CHANGE = 12.0
@@ -16,7 +23,12 @@ GAMMA_SHAPE = 2.0
 
 
 def synthetic_cells(
-    *, n_cells: int = 200, n_genes: int = 300, n_cell_types: int = 4, seed: int = 0
+    *,
+    n_cells: int = 200,
+    n_genes: int = 300,
+    n_cell_types: int = 4,
+    seed: int = 0,
+    gene_ids: Sequence[str] | None = None,
 ) -> anndata.AnnData:
     """Make cells of several types with integer counts.
 
@@ -25,14 +37,17 @@ def synthetic_cells(
         n_genes: Number of genes G, at least 15 per cell type.
         n_cell_types: Number of types; cells are spread evenly over them.
         seed: Equal seed, equal cells.
+        gene_ids: Names of the genes, those of a tokenizer for example; ``n_genes`` is their number then.
 
     Returns:
-        AnnData (N, G): ``X`` CSR float32 raw counts, ``obs["cell_type"]``, ``obs["donor_id"]`` (two donors),
-        ``var_names`` Ensembl-like ids, ``var["gene_symbols"]``.
+        AnnData (N, G): ``X`` CSR float32 raw counts, ``obs["cell_type"]``, ``obs["donor_id"]`` (two donors,
+        each with cells of all types), ``var_names`` the gene ids; without ``gene_ids`` made-up Ensembl-like
+        ones, with ``var["gene_symbols"]``.
 
     Raises:
         ValueError: If there are too few genes for the markers.
     """
+    n_genes = n_genes if gene_ids is None else len(gene_ids)
     if n_genes < MARKERS_PER_TYPE * n_cell_types:
         msg = (
             f"{n_cell_types} cell types need {MARKERS_PER_TYPE * n_cell_types} marker genes, got "
@@ -52,8 +67,30 @@ def synthetic_cells(
 
     adata = anndata.AnnData(csr_matrix(counts.astype(np.float32)))
     adata.obs_names = [f"cell_{cell}" for cell in range(n_cells)]
-    adata.var_names = [f"ENSG{gene:011d}" for gene in range(1, n_genes + 1)]
-    adata.var["gene_symbols"] = [f"GENE{gene}" for gene in range(1, n_genes + 1)]
+    if gene_ids is None:
+        adata.var_names = [f"ENSG{gene:011d}" for gene in range(1, n_genes + 1)]
+        adata.var["gene_symbols"] = [f"GENE{gene}" for gene in range(1, n_genes + 1)]
+    else:
+        adata.var_names = list(gene_ids)
     adata.obs["cell_type"] = [f"type_{cell_type}" for cell_type in types]
-    adata.obs["donor_id"] = [f"donor_{cell % 2}" for cell in range(n_cells)]
+    adata.obs["donor_id"] = [f"donor_{cell // n_cell_types % 2}" for cell in range(n_cells)]
     return adata
+
+
+def synthetic_tokenizer(adata: anndata.AnnData, *, max_genes: int = 128) -> ScDivaTokenizer:
+    """Make a tokenizer of the genes of a few cells, for dry runs of what needs a checkpoint.
+
+    A tokenizer to pretrain with is built from files, by `build_vocabulary` (data/build_vocabulary.py).
+
+    Args:
+        adata: Raw counts, made up or not.
+        max_genes: Genes kept of a cell.
+
+    Returns:
+        A tokenizer with the gene entropies of these cells.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cells.h5ad"
+        adata.write_h5ad(path)
+        vocabulary, _ = build_vocabulary({"cells": path}, show_progress=False)
+    return ScDivaTokenizer(vocabulary=vocabulary, max_genes=max_genes)

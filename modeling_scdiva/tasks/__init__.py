@@ -1,6 +1,82 @@
-"""What one does with a trained model: one task a file."""
+"""What one does with a trained model: one task a file, AnnData and model in, arrays or AnnData out.
 
-from modeling_scdiva.tasks.cells import CellTokenizer
-from modeling_scdiva.tasks.embedding import embed_cells
+Each task is imported on first use: most need libraries that an embedding does not.
+"""
 
-__all__ = ["CellTokenizer", "embed_cells"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modeling_scdiva.tasks.annotation import AnnotatorSettings, annotate_cells, finetune_annotator
+    from modeling_scdiva.tasks.annotator_files import load_annotator, save_annotator
+    from modeling_scdiva.tasks.cells import CellTokenizer
+    from modeling_scdiva.tasks.clamping import clamp_genes
+    from modeling_scdiva.tasks.embedding import embed_cells
+    from modeling_scdiva.tasks.gene_network import (
+        NetworkSettings,
+        infer_gene_network,
+        network_matrix,
+        regulon,
+    )
+    from modeling_scdiva.tasks.imputation import impute_expression
+    from modeling_scdiva.tasks.integration import integrate_batches
+    from modeling_scdiva.tasks.integration_network import IntegrationArguments
+    from modeling_scdiva.tasks.perturbation import finetune_perturbation, predict_perturbation
+    from modeling_scdiva.tasks.reconstruction import ReconstructedCells, reconstruct_cells
+    from modeling_scdiva.tasks.reference_mapping import MappingSettings, map_to_reference
+
+__all__ = [
+    "AnnotatorSettings",
+    "CellTokenizer",
+    "IntegrationArguments",
+    "MappingSettings",
+    "NetworkSettings",
+    "ReconstructedCells",
+    "annotate_cells",
+    "clamp_genes",
+    "embed_cells",
+    "finetune_annotator",
+    "finetune_perturbation",
+    "impute_expression",
+    "infer_gene_network",
+    "integrate_batches",
+    "load_annotator",
+    "map_to_reference",
+    "network_matrix",
+    "predict_perturbation",
+    "reconstruct_cells",
+    "regulon",
+    "save_annotator",
+]
+
+# Module of each name.
+LAZY_NAMES = {
+    "AnnotatorSettings": "annotation",
+    "CellTokenizer": "cells",
+    "IntegrationArguments": "integration_network",
+    "MappingSettings": "reference_mapping",
+    "NetworkSettings": "gene_network",
+    "ReconstructedCells": "reconstruction",
+    "annotate_cells": "annotation",
+    "clamp_genes": "clamping",
+    "embed_cells": "embedding",
+    "finetune_annotator": "annotation",
+    "finetune_perturbation": "perturbation",
+    "impute_expression": "imputation",
+    "infer_gene_network": "gene_network",
+    "integrate_batches": "integration",
+    "load_annotator": "annotator_files",
+    "map_to_reference": "reference_mapping",
+    "network_matrix": "gene_network",
+    "predict_perturbation": "perturbation",
+    "reconstruct_cells": "reconstruction",
+    "regulon": "gene_network",
+    "save_annotator": "annotator_files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LAZY_NAMES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(import_module(f"{__name__}.{LAZY_NAMES[name]}"), name)

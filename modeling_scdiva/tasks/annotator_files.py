@@ -1,0 +1,166 @@
+"""A fine-tuned annotator on disk: the adapter, or all weights, and beside them what a fresh process needs.
+
+Notable choices:
+- An adapter holds neither the names of its classes nor the threshold. They stand in
+  ``scdiva_annotator.json``; a ``config.json`` in the folder of an adapter would make transformers take that
+  folder for the base.
+- The base is named by an absolute path or a Hub id, so that the folder loads from anywhere.
+- PEFT alone loads the folder, too: `AutoPeftModelForSequenceClassification.from_pretrained(folder,
+  num_labels=...)`.
+
+Source: METHOD.md section 7.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers.utils import cached_file
+
+from modeling_scdiva.adapters import save_adapter
+from modeling_scdiva.tasks.annotation import AnnotationCalibration, CellAnnotator
+from modeling_scdiva.tasks.classifier import make_classifier
+
+ANNOTATOR_FILE = "scdiva_annotator.json"
+ADAPTER_FILE = "adapter_config.json"
+FORMAT_VERSION = 1
+
+
+def save_annotator(
+    annotator: CellAnnotator,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    base_model: str | Path | None = None,
+) -> None:
+    """Save an annotator: the adapter alone for LoRA, else all weights.
+
+    Args:
+        annotator: What `finetune_annotator` returned.
+        folder: Where to; made if it is not there.
+        tokenizer: Saved beside a whole model, so that the folder is complete; an adapter takes that of its
+            base.
+        base_model: Path or Hub id of the base of an adapter; default where the base was loaded from.
+    """
+    folder = Path(folder)
+    save_adapter(annotator.model, folder, tokenizer=tokenizer, base_model=base_model)
+    calibration = annotator.calibration
+    content = {
+        "format_version": FORMAT_VERSION,
+        "label_names": annotator.label_names,
+        "calibration": None if calibration is None else asdict(calibration),
+        "max_genes": annotator.max_genes,
+        "vocabulary_hash": annotator.model.config.vocabulary_hash,
+        "history": annotator.history,
+        "facts": annotator.facts,
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    (folder / ANNOTATOR_FILE).write_text(text, encoding="utf-8")
+
+
+def load_annotator(
+    name_or_folder: str | Path, *, base_model: str | Path | None = None, **kwargs: Any
+) -> CellAnnotator:
+    """Load an annotator, over its base where it is an adapter.
+
+    Args:
+        name_or_folder: Folder that `save_annotator` wrote, or its Hub id.
+        base_model: Path or Hub id of the base, if it is no longer where the adapter says.
+        **kwargs: For ``from_pretrained`` of the weights: ``trust_remote_code``, ``dtype``, ``revision``.
+
+    Returns:
+        The annotator in evaluation mode. Load its tokenizer from `base_of` the same folder.
+
+    Raises:
+        ValueError: If the weights are not those it was trained with.
+    """
+    content = _read(name_or_folder)
+    base = base_of(name_or_folder, base_model=base_model)
+    model: Any
+    if _find(name_or_folder, ADAPTER_FILE) is None:
+        model = AutoModelForSequenceClassification.from_pretrained(base, **kwargs)
+    else:
+        from peft import PeftModel
+
+        with torch.random.fork_rng(devices=[]):  # the head is drawn first, then replaced by the adapter's
+            classifier = make_classifier(AutoModel.from_pretrained(base, **kwargs), content["label_names"])
+        model = PeftModel.from_pretrained(classifier, str(name_or_folder))
+    expected, found = content["vocabulary_hash"], model.config.vocabulary_hash
+    if expected != found:
+        msg = (
+            f"The annotator {name_or_folder} was trained with the vocabulary {str(expected)[:12]} and {base} "
+            f"has {str(found)[:12]}. Pass the model it was trained on as base_model."
+        )
+        raise ValueError(msg)
+    model.eval()
+    calibration = content["calibration"]
+    return CellAnnotator(
+        model,
+        calibration=None if calibration is None else AnnotationCalibration(**calibration),
+        max_genes=content["max_genes"],
+        history=content["history"],
+        facts=content["facts"],
+    )
+
+
+def base_of(name_or_folder: str | Path, *, base_model: str | Path | None = None) -> str:
+    """Say where weights and tokenizer of an annotator are: beside it, or in the base of its adapter.
+
+    Args:
+        name_or_folder: Folder that `save_annotator` wrote, or its Hub id.
+        base_model: Path or Hub id of the base, if it is no longer where the adapter says.
+
+    Returns:
+        Path or Hub id for ``from_pretrained``.
+
+    Raises:
+        FileNotFoundError: If an adapter names a base by a path that is not there.
+    """
+    adapter_file = _find(name_or_folder, ADAPTER_FILE)
+    if adapter_file is None:
+        return str(name_or_folder)
+    if base_model is not None:
+        return str(base_model)
+    base = json.loads(Path(adapter_file).read_text("utf-8"))["base_model_name_or_path"]
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        msg = f"The adapter {name_or_folder} stands on {base}, which is not there. Pass base_model=..."
+        raise FileNotFoundError(msg)
+    return str(base)
+
+
+def _read(name_or_folder: str | Path) -> dict[str, Any]:
+    """Read what stands beside the weights.
+
+    Returns:
+        Content of the file.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is of another format.
+    """
+    path = _find(name_or_folder, ANNOTATOR_FILE)
+    if path is None:
+        msg = (
+            f"{name_or_folder} holds no {ANNOTATOR_FILE}, so the names of the classes are unknown. Wanted is "
+            "a folder that save_annotator wrote."
+        )
+        raise FileNotFoundError(msg)
+    content = json.loads(Path(path).read_text("utf-8"))
+    if content.get("format_version") != FORMAT_VERSION:
+        msg = (
+            f"{path} has format version {content.get('format_version')}, this release reads "
+            f"{FORMAT_VERSION}. Load it with the release that wrote it."
+        )
+        raise ValueError(msg)
+    return content
+
+
+def _find(name_or_folder: str | Path, file_name: str) -> str | None:
+    """Find a file in a folder, or on the Hub where there is no such folder."""
+    if Path(name_or_folder).is_dir():
+        path = Path(name_or_folder) / file_name
+        return str(path) if path.is_file() else None
+    return cached_file(str(name_or_folder), file_name, _raise_exceptions_for_missing_entries=False)
