@@ -16,7 +16,6 @@ from typing import Any
 
 import anndata
 import numpy as np
-import torch
 from accelerate import PartialState
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -138,5 +137,4 @@ def score(
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()

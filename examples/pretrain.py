@@ -71,12 +71,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_loaders(
-    args: argparse.Namespace, tokenizer: ScDivaTokenizer, accelerator: Accelerator, n_gene_queries: int
+    args: argparse.Namespace, tokenizer: ScDivaTokenizer, accelerator: Accelerator, *, has_decoder: bool
 ) -> dict[str, DataLoader]:
     """Open both splits; each process reads its share of every global micro-batch."""
     if args.batch_size % args.gradient_accumulation_steps:
         n_micro = args.gradient_accumulation_steps
         sys.exit(f"--batch_size {args.batch_size} is no multiple of {n_micro} micro-batches.")
+    if has_decoder and not args.n_gene_queries:
+        sys.exit("latent_loss_weight > 0 trains the gene-query decoder and needs --n_gene_queries > 0.")
     n_cells = {split: content["n_cells"] for split, content in read_manifest(args.corpus)["splits"].items()}
     return {
         split: corpus_loader(
@@ -89,7 +91,7 @@ def make_loaders(
             num_workers=args.num_workers,
             masking_target=args.masking_target,
             depth_corruption=args.depth_corruption,
-            n_gene_queries=n_gene_queries,
+            n_gene_queries=args.n_gene_queries if has_decoder else 0,
         )
         for split in ("train", "validation")
         if split == "train" or n_cells[split]  # a corpus may do without held-out cells
@@ -108,10 +110,8 @@ def main() -> None:
     tokenizer = ScDivaTokenizer.from_pretrained(args.tokenizer or args.corpus / "tokenizer")
 
     model = fresh_model(args.config, tokenizer, seed=args.seed)
-    n_gene_queries = args.n_gene_queries if model.config.latent_loss_weight else 0
-    if model.config.latent_loss_weight and not n_gene_queries:
-        sys.exit("latent_loss_weight > 0 trains the gene-query decoder and needs --n_gene_queries > 0.")
-    loaders = make_loaders(args, tokenizer, accelerator, n_gene_queries)
+    has_decoder = model.query_decoder is not None
+    loaders = make_loaders(args, tokenizer, accelerator, has_decoder=has_decoder)
     n_cells = {split: len(loader.dataset) for split, loader in loaders.items()}
     n_held_out = n_cells.get("validation", 0)
     steps_per_epoch = loaders["train"].batch_sampler.batches_per_epoch // args.gradient_accumulation_steps
@@ -148,8 +148,8 @@ def main() -> None:
         on_save=tokenizer.save_pretrained,
     )
     numbers = log[-1]  # held-out losses, if the corpus holds any cells out
-    kinds = {"gene": ["gene"], "expression": ["expression"]}.get(args.masking_target, ["gene", "expression"])
-    kinds += ["latent"] if n_gene_queries else []
+    kinds = ["gene", "expression"] if args.masking_target == "joint" else [args.masking_target]
+    kinds += ["latent"] if has_decoder else []
     told = [f"{kind} loss {numbers[f'eval_{kind}_loss']:.4f}" for kind in kinds if "eval_loss" in numbers]
     accelerator.print(
         f"Saved {args.output_dir}, held-out {' and '.join(told) or 'loss unknown'}. Load it from the folder "

@@ -49,6 +49,7 @@ class ScDivaModel(ScDivaPreTrainedModel):
         r"^value_head\.",
         r"^query_decoder\.",
         r"^classifier\.",
+        r"^delta_decoder\.",
     ]
 
     def __init__(self, config: ScDivaConfig) -> None:
@@ -290,29 +291,23 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
             )
 
         # 2. Values at all positions.
-        gene_ids = input_ids  # (B, S)
-        if self.value_head.is_gene_conditioned and input_ids is not None:
-            row_genes = row_logits.argmax(dim=-1) if labels is None else labels[rows]  # (n,)
-            gene_ids = input_ids.index_put(rows, row_genes)
+        gene_ids = self._value_genes(input_ids, rows, row_logits, labels)
         expression_predictions = self.predict_expression(hidden_states, gene_ids)  # (B, S)
 
         # 3. Losses: first over the positions of a cell, then over the cells.
-        cell_gene_loss = cell_expression_loss = None
+        cell_losses = dict.fromkeys(("gene", "expression", "latent"))  # (B,) each
         if labels is not None:
             self._refuse_impossible_labels(row_logits, labels[rows])
-            cell_gene_loss = masked_gene_loss(row_logits, labels[rows], rows[0], n_cells)  # (B,)
+            cell_losses["gene"] = masked_gene_loss(row_logits, labels[rows], rows[0], n_cells)
         if expression_labels is not None:
             rows = masks.is_hidden.nonzero(as_tuple=True)
-            cell_expression_loss = masked_expression_loss(
+            cell_losses["expression"] = masked_expression_loss(
                 expression_predictions[rows], expression_labels[rows], rows[0], n_cells
-            )  # (B,)
-        cell_latent_loss = None
-        if self.query_decoder is not None and query_ids is not None:
-            cell_latent_loss = self._latent_loss(
-                hidden_states[:, 0], query_ids, query_labels, query_log_ratio
-            )  # (B,)
+            )
+        queries = (query_ids, query_labels, query_log_ratio)
+        cell_losses["latent"] = self._latent_loss(hidden_states[:, 0], *queries)
         return ScDivaMaskedDiffusionOutput(
-            **self._mean_losses(cell_gene_loss, cell_expression_loss, cell_latent_loss),
+            **self._mean_losses(cell_losses),
             logits=logits,
             expression_predictions=expression_predictions,
             last_hidden_state=hidden_states,
@@ -347,6 +342,23 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
             is_excluded = (is_excluded | is_visible)[cell_index]  # (..., V)
         return logits.masked_fill(is_excluded, -torch.inf)
 
+    def _value_genes(
+        self,
+        input_ids: torch.Tensor | None,
+        rows: tuple[torch.Tensor, ...],
+        row_logits: torch.Tensor,
+        labels: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Say which gene the value head is told at each position: the label, the likeliest or the visible one.
+
+        Returns:
+            (B, S) int64 tokens; as they came where the value head does not use them.
+        """
+        if input_ids is None or not self.value_head.is_gene_conditioned:
+            return input_ids
+        row_genes = row_logits.argmax(dim=-1) if labels is None else labels[rows]  # (n,)
+        return input_ids.index_put(rows, row_genes)
+
     def _refuse_impossible_labels(self, row_logits: torch.Tensor, row_labels: torch.Tensor) -> None:
         """Refuse labels (n,) that have probability zero in the logits (n, V); their loss would be infinite.
 
@@ -368,18 +380,20 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
     def _latent_loss(
         self,
         cell_embeddings: torch.Tensor,
-        query_ids: torch.Tensor,
+        query_ids: torch.Tensor | None,
         query_labels: torch.Tensor | None,
         query_log_ratio: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """Ask the cell embeddings (B, D) for genes (B, Q).
 
         Returns:
-            (B,) latent loss of each cell.
+            (B,) latent loss of each cell; None without decoder or without queries.
 
         Raises:
             ValueError: If the answers did not come.
         """
+        if self.query_decoder is None or query_ids is None:
+            return None
         if query_labels is None or query_log_ratio is None:
             msg = "query_ids came without query_labels or query_log_ratio. Pass all three, or none."
             raise ValueError(msg)
@@ -387,18 +401,12 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
         log_odds, predictions = self.decode_genes(cell_embeddings, query_ids)
         return gene_query_loss(log_odds, predictions, query_labels, is_query, query_log_ratio)
 
-    def _mean_losses(
-        self,
-        cell_gene_loss: torch.Tensor | None,
-        cell_expression_loss: torch.Tensor | None,
-        cell_latent_loss: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor | None]:
+    def _mean_losses(self, cell_losses: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
         """Average the losses (B,) over the cells and add them up with their weights.
 
         Returns:
             The seven loss fields of the output.
         """
-        cell_losses = {"gene": cell_gene_loss, "expression": cell_expression_loss, "latent": cell_latent_loss}
         weights = {
             "gene": 1.0,
             "expression": self.config.expression_loss_weight,

@@ -241,10 +241,8 @@ def test_fresh_process_predicts_the_same(base_folder, tokenizer, tmp_path, monke
     np.testing.assert_array_equal(found["logits"], logits.numpy())
 
 
-def test_works_on_remote_code(base_folder, classifier, tmp_path, monkeypatch):
+def test_works_on_remote_code(base_folder, classifier, tmp_path):
     """The base comes with its own code, under another module name, and adapters fit it alike."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     local = with_lora(classifier)
     train(local)
     save_adapter(local, tmp_path / "adapter")

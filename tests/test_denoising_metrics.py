@@ -274,7 +274,10 @@ def test_means_by_time_equal_those_of_the_training_log() -> None:
     meter = LossMeter(Accelerator(cpu=True))
     gene, expression = torch.from_numpy(losses[0]), torch.from_numpy(losses[1])
     meter.update(
-        SimpleNamespace(cell_gene_loss=gene, cell_expression_loss=expression, loss=gene.mean()), timestep
+        SimpleNamespace(
+            cell_gene_loss=gene, cell_expression_loss=expression, cell_latent_loss=None, loss=gene.mean()
+        ),
+        timestep,
     )
     log = meter.pop("eval")
     for row, name in enumerate(("gene", "expression")):

@@ -13,12 +13,12 @@ from modeling_scdiva import ScDivaModel
 from modeling_scdiva.tasks.gene_network import (
     NetworkSettings,
     eager_attention,
-    find_genes,
     infer_gene_network,
     network_matrix,
     rank_pairs,
     regulon,
 )
+from modeling_scdiva.tasks.genes import find_genes
 from tokenization_scdiva import synthetic_cells
 
 # Genes that most of the cells show.
@@ -145,7 +145,7 @@ def test_pairs_of_few_cells_have_no_score(adata, model, tokenizer):
     network = infer(adata, model, tokenizer, "attention", min_cells=8)
     for tf in TFS:
         for target in network.columns:
-            pair = set(find_genes([tf, target], tokenizer, what="genes")[0])
+            pair = set(find_genes([tf, target], tokenizer.vocabulary, what="genes")[0])
             n_together = sum(pair <= of_cell for of_cell in token_ids)
             is_scored = len(pair) == 2 and n_together >= 8
             assert np.isfinite(network.loc[tf, target]) == is_scored
@@ -201,7 +201,7 @@ def test_names_are_ids_or_symbols_and_the_unknown_are_reported(adata, model, tok
     assert by_id.attrs["unknown_tfs"] == ["STAT1"]
     assert by_id.attrs["unknown_targets"] == ["IRF7"]
     assert "1 of 6 TFs are not in the vocabulary: 'STAT1'" in caplog.text
-    assert list(find_genes("GENE7", tokenizer, what="TFs")[0].values()) == ["GENE7"]
+    assert list(find_genes("GENE7", tokenizer.vocabulary, what="TFs")[0].values()) == ["GENE7"]
     with pytest.raises(KeyError, match=r"None of the 2 TFs is in the vocabulary \('STAT1', 'IRF7'\)"):
         infer(adata, model, tokenizer, "attention", tfs=["STAT1", "IRF7"])
 

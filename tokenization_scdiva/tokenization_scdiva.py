@@ -20,13 +20,7 @@ from transformers import BatchEncoding, PreTrainedTokenizer
 
 from .counts_scdiva import Counts, read_counts, refuse_path
 from .genes_scdiva import GeneMatch, check_count_overlap, gene_name_columns, match_genes
-from .ranking_scdiva import (
-    TARGET_SUM,
-    FlatCells,
-    iter_flat_cells,
-    pad_cells,
-    rank_cells,
-)
+from .ranking_scdiva import TARGET_SUM, FlatCells, iter_flat_cells, pad_cells, rank_cells
 from .vocabulary_scdiva import SPECIAL_TOKENS, GeneVocabulary
 
 logger = logging.getLogger(__name__)

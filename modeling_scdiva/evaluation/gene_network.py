@@ -24,8 +24,8 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from modeling_scdiva.evaluation.figures import draw_paired_scores
-from modeling_scdiva.fresh_model import random_weights
 from modeling_scdiva.evaluation.report import summarise
+from modeling_scdiva.fresh_model import random_weights
 from modeling_scdiva.metrics.intervals import paired_bootstrap_difference
 from modeling_scdiva.metrics.network import (
     MIN_EXPRESSED_FRACTION,
@@ -42,7 +42,8 @@ from modeling_scdiva.metrics.network_baselines import (
     random_network,
 )
 from modeling_scdiva.tasks.cells import CellTokenizer, read_cells, refuse_path, shown
-from modeling_scdiva.tasks.gene_network import METHODS, NetworkSettings, gene_name, infer_gene_network
+from modeling_scdiva.tasks.gene_network import METHODS, NetworkSettings, infer_gene_network
+from modeling_scdiva.tasks.genes import gene_name
 
 TF_NAMES, TARGET_NAMES = ("tf", "source", "regulator"), ("target", "target_gene", "gene")
 SIGN_NAMES = ("sign", "mor", "mode", "effect")
@@ -229,7 +230,9 @@ def _universe(
 ) -> tuple[NetworkUniverse, dict[str, int]]:
     """Return the pairs to score, and the token of each gene of the file."""
     shares = np.asarray((expression > 0).mean(axis=0)).ravel()
-    token_ids = {gene_name(tokenizer, int(token)): int(token) for token in np.flatnonzero(shares > 0)}
+    token_ids = {
+        gene_name(int(token), tokenizer.vocabulary): int(token) for token in np.flatnonzero(shares > 0)
+    }
     signs = reference["sign"] if "sign" in reference else pd.Series(0, index=reference.index)
     edges = list(
         zip(reference["tf"].astype(str), reference["target"].astype(str), signs.astype(int), strict=True)

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from modeling_scdiva.evaluation.report import summarise
 from modeling_scdiva.fresh_model import random_weights

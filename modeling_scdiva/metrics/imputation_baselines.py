@@ -195,7 +195,7 @@ def scvi_imputation(
     try:
         import scvi
     except ImportError as error:
-        msg = 'This baseline needs the package scvi-tools: pip install "scdiva[eval]"'
+        msg = 'This baseline needs the package scvi-tools: pip install "scdiva[eval-full]"'
         raise ImportError(msg) from error
     import anndata
 

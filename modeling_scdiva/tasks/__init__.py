@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from modeling_scdiva.tasks.annotation import AnnotatorSettings, annotate_cells, finetune_annotator
     from modeling_scdiva.tasks.annotator_files import load_annotator, save_annotator
     from modeling_scdiva.tasks.cells import CellTokenizer
-    from modeling_scdiva.tasks.clamping import clamp_genes
+    from modeling_scdiva.tasks.clamping import ClampSettings, clamp_genes
     from modeling_scdiva.tasks.embedding import embed_cells
     from modeling_scdiva.tasks.gene_network import (
         NetworkSettings,
@@ -19,19 +19,25 @@ if TYPE_CHECKING:
         regulon,
     )
     from modeling_scdiva.tasks.imputation import impute_expression
-    from modeling_scdiva.tasks.integration import integrate_batches
+    from modeling_scdiva.tasks.integration import IntegratedCells, integrate_batches
     from modeling_scdiva.tasks.integration_network import IntegrationArguments
     from modeling_scdiva.tasks.perturbation import finetune_perturbation, predict_perturbation
+    from modeling_scdiva.tasks.perturbation_network import ScDivaForPerturbation
+    from modeling_scdiva.tasks.perturbation_training import PerturbationSettings
     from modeling_scdiva.tasks.reconstruction import ReconstructedCells, reconstruct_cells
     from modeling_scdiva.tasks.reference_mapping import MappingSettings, map_to_reference
 
 __all__ = [
     "AnnotatorSettings",
     "CellTokenizer",
+    "ClampSettings",
+    "IntegratedCells",
     "IntegrationArguments",
     "MappingSettings",
     "NetworkSettings",
+    "PerturbationSettings",
     "ReconstructedCells",
+    "ScDivaForPerturbation",
     "annotate_cells",
     "clamp_genes",
     "embed_cells",
@@ -53,10 +59,14 @@ __all__ = [
 LAZY_NAMES = {
     "AnnotatorSettings": "annotation",
     "CellTokenizer": "cells",
+    "ClampSettings": "clamping",
+    "IntegratedCells": "integration",
     "IntegrationArguments": "integration_network",
     "MappingSettings": "reference_mapping",
     "NetworkSettings": "gene_network",
+    "PerturbationSettings": "perturbation_training",
     "ReconstructedCells": "reconstruction",
+    "ScDivaForPerturbation": "perturbation_network",
     "annotate_cells": "annotation",
     "clamp_genes": "clamping",
     "embed_cells": "embedding",

@@ -42,6 +42,7 @@ from modeling_scdiva.tasks.cells import (
     read_cells,
     shown,
 )
+from modeling_scdiva.tasks.genes import find_genes, gene_name
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def infer_gene_network(
         raise TypeError(msg)
     check_vocabulary(model, tokenizer)
     cells = read_cells(adata, tokenizer=tokenizer, **reading)
-    tf_names, unknown_tfs = find_genes(tfs, tokenizer, what="TFs")
+    tf_names, unknown_tfs = find_genes(tfs, tokenizer.vocabulary, what="TFs")
     target_names, unknown_targets = _find_targets(targets, cells, tokenizer, settings.min_cells)
     pairs = _PairMeans(list(tf_names), list(target_names), tokenizer.vocab_size)
     score = _score_attention if method == "attention" else _score_conditional
@@ -142,10 +143,10 @@ def _find_targets(
 ) -> tuple[dict[int, str], list[str]]:
     """Return token -> name of the targets, by default all genes that enough cells show, and the unknown."""
     if targets is not None:
-        return find_genes(targets, tokenizer, what="targets")
+        return find_genes(targets, tokenizer.vocabulary, what="targets")
     n_showing = np.bincount(cells.token_ids, minlength=tokenizer.vocab_size)
     often = np.flatnonzero(n_showing >= min_cells).tolist()
-    return {token: gene_name(tokenizer, token) for token in often}, []
+    return {token: gene_name(token, tokenizer.vocabulary) for token in often}, []
 
 
 def regulon(network: pd.DataFrame, tf: str, *, n_targets: int | None = None) -> pd.DataFrame:
@@ -203,7 +204,7 @@ def network_matrix(
     rows, columns = np.nonzero(network.notna().to_numpy())
     places = []
     for names, chosen in ((network.index, rows), (network.columns, columns)):
-        found, _ = find_genes(names, tokenizer, what="genes")
+        found, _ = find_genes(names, tokenizer.vocabulary, what="genes")
         column_of_name = {name: column_of[token] for token, name in found.items()}
         places.append(np.array([column_of_name.get(name, -1) for name in names], dtype=np.int64)[chosen])
         is_missing = places[-1] < 0
@@ -213,54 +214,6 @@ def network_matrix(
             raise ValueError(msg)
     values = network.to_numpy()[rows, columns]
     return csr_matrix((values, tuple(places)), shape=(adata.n_vars, adata.n_vars))
-
-
-def find_genes(
-    names: Sequence[str], tokenizer: CellTokenizer, *, what: str
-) -> tuple[dict[int, str], list[str]]:
-    """Find the tokens of genes named by id, symbol or another name.
-
-    Args:
-        names: Names, or a single one.
-        tokenizer: Whose vocabulary is searched.
-        what: What the genes are, for messages.
-
-    Returns:
-        Token -> name as given (the first where two name one gene), and the names that are unknown.
-
-    Raises:
-        KeyError: If none is known.
-    """
-    names = [names] if isinstance(names, str) else list(dict.fromkeys(map(str, names)))
-    vocabulary = tokenizer.vocabulary
-    found: dict[int, str] = {}
-    unknown = []
-    for name in names:
-        token = vocabulary.gene_token_ids.get(name, vocabulary.symbol_token_ids.get(name))
-        if token is None and name in vocabulary.aliases:
-            token = vocabulary.gene_token_ids[vocabulary.aliases[name]]
-        if token is None:
-            unknown.append(name)
-        else:
-            found.setdefault(int(token), name)
-    if not found:
-        msg = (
-            f"None of the {len(names)} {what} is in the vocabulary ({shown(names)}); it has genes such as "
-            f"{shown(vocabulary.gene_symbols[vocabulary.n_special_tokens :][:3])}."
-        )
-        raise KeyError(msg)
-    if unknown:
-        logger.warning(
-            "%d of %d %s are not in the vocabulary: %s.", len(unknown), len(names), what, shown(unknown)
-        )
-    return found, unknown
-
-
-def gene_name(tokenizer: CellTokenizer, token: int) -> str:
-    """Name a gene by its symbol where that is its own, else by its id."""
-    symbol = tokenizer.vocabulary.gene_symbols[token]
-    is_own = tokenizer.vocabulary.symbol_token_ids.get(symbol) == token
-    return symbol if is_own else tokenizer.vocabulary.gene_ids[token]
 
 
 class _PairMeans:

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.sparse import csr_matrix, issparse
+from scipy.special import expit
 
 from modeling_scdiva.tasks.cells import (
     CellTokenizer,
@@ -35,6 +36,7 @@ from modeling_scdiva.tasks.cells import (
     refuse_path,
     shown,
 )
+from modeling_scdiva.tasks.genes import find_genes, gene_tokens
 from modeling_scdiva.tasks.reconstruction import IGNORED_LABEL, check_diffusion_model
 
 logger = logging.getLogger(__name__)
@@ -105,15 +107,8 @@ def impute_expression(
         )
     _check_decoder(model)
     columns = _column_tokens(adata, tokenizer, reading)  # (G,)
-    measured = np.unique(columns[columns >= 0])
-    if measured_genes is not None:
-        measured = np.intersect1d(measured, gene_tokens(measured_genes, tokenizer, what="measured_genes"))
-        if not len(measured):
-            msg = (
-                "None of measured_genes is a gene of the file. Name genes as the file or the vocabulary does."
-            )
-            raise ValueError(msg)
-    queries = columns if genes is None else gene_tokens(genes, tokenizer, what="genes")  # (Q,)
+    measured = _measured_tokens(columns, measured_genes, tokenizer)
+    queries = columns if genes is None else _asked_tokens(genes, tokenizer)  # (Q,)
     var = adata.var.copy() if genes is None else pd.DataFrame(index=pd.Index(list(map(str, genes))))
     cells, network_cells = _read_measured(adata, tokenizer, measured, reading)
     is_known = queries >= 0
@@ -122,7 +117,7 @@ def impute_expression(
         network_cells, model=model, gene_ids=queries[is_known], batch_size=batch_size
     )  # (N, Q known) both
     layers = {name: np.full((adata.n_obs, len(queries)), np.nan, np.float32) for name in (PROBABILITY, VALUE)}
-    layers[PROBABILITY][:, is_known] = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
+    layers[PROBABILITY][:, is_known] = expit(logits)
     layers[VALUE][:, is_known] = values
     layers[OBSERVED] = _observed(cells, queries, np.isin(queries, measured) & is_known)
     layers[IMPUTED] = layers[PROBABILITY] * layers[VALUE]
@@ -139,38 +134,29 @@ def impute_expression(
     return _packed(adata, var, layers, model=model, counted=counted | {"keep_observed": keep_observed})
 
 
-def gene_tokens(names: Sequence[str], tokenizer: Any, *, what: str = "genes") -> np.ndarray:
-    """Find the tokens of named genes.
-
-    Args:
-        names: Gene ids, symbols or aliases.
-        tokenizer: A `ScDivaTokenizer`.
-        what: Name of the argument, for the message.
-
-    Returns:
-        (Q,) int64 tokens.
-
-    Raises:
-        TypeError: If one text comes instead of a list.
-        ValueError: If there is no name, one is not in the vocabulary, or two are the same gene.
-    """
-    if isinstance(names, str):
-        msg = f"{what} must be a list of names, got the text {names!r}."
-        raise TypeError(msg)
-    names = [str(name) for name in names]
-    tokens = np.array(tokenizer.convert_tokens_to_ids(names), dtype=np.int64) if names else np.array([])
-    n_special = tokenizer.vocabulary.n_special_tokens
-    unknown = [name for name, token in zip(names, tokens, strict=True) if token < n_special]
-    if unknown or not names:
-        msg = (
-            f"{len(unknown)} of {len(names)} {what} are not in the vocabulary: {shown(unknown)}. Name "
-            "Ensembl ids or symbols that tokenizer.vocabulary holds, one at least, and leave the others out."
-        )
+def _measured_tokens(columns: np.ndarray, measured_genes: Sequence[str] | None, tokenizer: Any) -> np.ndarray:
+    """Return the tokens of the genes that were measured: those of the file, or fewer by name."""
+    measured = np.unique(columns[columns >= 0])
+    if measured_genes is None:
+        return measured
+    named, _ = find_genes(measured_genes, tokenizer.vocabulary, what="measured_genes")
+    measured = np.intersect1d(measured, list(named))
+    if not len(measured):
+        msg = "None of measured_genes is a gene of the file. Name genes as the file or the vocabulary does."
         raise ValueError(msg)
+    return measured
+
+
+def _asked_tokens(genes: Sequence[str], tokenizer: Any) -> np.ndarray:
+    """Look the asked genes up; each must be named once."""
+    tokens = gene_tokens(genes, vocabulary=tokenizer.vocabulary, what="genes")
     found, n_times = np.unique(tokens, return_counts=True)
     if len(found) < len(tokens):
-        same = [name for name, token in zip(names, tokens, strict=True) if token == found[n_times > 1][0]]
-        msg = f"Two {what} are the same gene: {shown(same)}. Name each gene once."
+        same = [name for name, token in zip(genes, tokens, strict=True) if token == found[n_times > 1][0]]
+        msg = f"Two genes are the same gene: {shown(same)}. Name each gene once."
+        raise ValueError(msg)
+    if not len(tokens):
+        msg = "genes names no gene. Name one at least, or leave genes out for those of the file."
         raise ValueError(msg)
     return tokens
 
