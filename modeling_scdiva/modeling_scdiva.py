@@ -277,7 +277,6 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
             input_ids, expression_values, attention_mask, is_masked, position_ids, inputs_embeds, **kwargs
         )
         hidden_states, n_cells = outputs.last_hidden_state, len(outputs.last_hidden_state)  # (B, S, D)
-
         # 1. Genes at n positions.
         is_wanted = masks.is_gene_masked if labels is None else masks.is_attended & (labels != -100)  # (B, S)
         rows = is_wanted.nonzero(as_tuple=True)  # cell and position of each, (n,) both
@@ -291,8 +290,8 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
             )
 
         # 2. Values at all positions.
-        gene_ids = self._value_genes(input_ids, rows, row_logits, labels)
-        expression_predictions = self.predict_expression(hidden_states, gene_ids)  # (B, S)
+        value_genes = self._value_genes(input_ids, rows, row_logits, labels)
+        expression_predictions = self.predict_expression(hidden_states, value_genes)  # (B, S)
 
         # 3. Losses: first over the positions of a cell, then over the cells.
         cell_losses = dict.fromkeys(("gene", "expression", "latent"))  # (B,) each
@@ -349,7 +348,7 @@ class ScDivaForMaskedDiffusion(ScDivaPreTrainedModel):
         row_logits: torch.Tensor,
         labels: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """Say which gene the value head is told at each position: the label, the likeliest or the visible one.
+        """Say which gene the value head is told at each position: the label, the likeliest, the visible one.
 
         Returns:
             (B, S) int64 tokens; as they came where the value head does not use them.
