@@ -33,6 +33,7 @@ from modeling_scdiva.evaluation.report import print_result, write_result
 from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.metrics.annotation import log_normalise, pca_features
 from modeling_scdiva.metrics.imputation import thin_cells
+from modeling_scdiva.provenance import collect_provenance
 from modeling_scdiva.tasks.embedding import embed_cells
 from modeling_scdiva.tasks.reconstruction import reconstruct_cells
 from modeling_scdiva.training import PretrainingArguments, pretrain
@@ -96,10 +97,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--label_key", default="cell_type", help="column of obs with the cell types")
     parser.add_argument("--output", type=Path, required=True, help="JSON file, or folder")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--n_steps", type=int, default=300, help="optimiser updates of each variant")
+    parser.add_argument("--n_steps", type=int, default=500, help="optimiser updates of each variant")
     parser.add_argument("--batch_size", type=int, default=32, help="cells per update")
     parser.add_argument("--learning_rate", type=float, default=6e-4)
     parser.add_argument("--n_cells", type=int, default=400, help="held-out cells for the mask ratios")
+    parser.add_argument("--n_probe_cells", type=int, default=1_500, help="labelled cells for the probe")
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     return parser.parse_args()
 
@@ -207,6 +209,8 @@ def thinned_copies(args: argparse.Namespace) -> tuple[dict[float, anndata.AnnDat
     """Read the labelled cells and thin them; cells that lose every molecule at some depth are left out."""
     path = args.probe or next(iter(find_cell_files(args.data).values()))
     adata = anndata.read_h5ad(path)
+    n_cells = min(args.n_probe_cells, adata.n_obs)
+    adata = adata[np.sort(np.random.default_rng(0).choice(adata.n_obs, n_cells, replace=False))].copy()
     copies = {depth: adata.copy() for depth in DEPTHS}
     for depth, copy in copies.items():
         copy.X = thin_cells(adata.X, depth, seed=0) if depth < 1 else adata.X
@@ -236,7 +240,8 @@ def score_variant(name: str, args: argparse.Namespace, labelled: Any) -> dict[st
             for depth, copy in copies.items()
         }
         scores |= {f"{pooling}_{key}": value for key, value in probe_scores(features, labels).items()}
-    write_json(path, {"settings": settings, "scores": scores})
+    commit = collect_provenance()["commit"]
+    write_json(path, {"settings": settings, "scores": scores, "commit": commit})
     return scores
 
 
