@@ -68,7 +68,9 @@ def test_denoising(
     assert str(tmp_path) not in output.read_text("utf-8")
     for picture in ("denoising_time_bins.png", "denoising_training.png"):
         assert (output.parent / picture).read_bytes().startswith(b"\x89PNG")
-    assert "model better than rank_unigram by " in capsys.readouterr().out.splitlines()[-1]
+    told = capsys.readouterr().out
+    assert "model better than rank_unigram by " in told
+    assert "model better than lattice_counts by " in told.splitlines()[-1]
     again = run("run_denoising.py", monkeypatch, tmp_path / "again.json", **arguments, n_mask_draws=2)
     assert again["gene_loss"]["model"]["n_cells"] == 2 * n_cells
 

@@ -18,6 +18,7 @@ from modeling_scdiva import ScDivaConfig, ScDivaForMaskedDiffusion
 from modeling_scdiva.diffusion_scdiva import masked_expression_loss, masked_gene_loss, visible_gene_mask
 from modeling_scdiva.metrics.denoising import evaluate_denoising, gain_over, mean_by_time, report_denoising
 from modeling_scdiva.metrics.denoising_baselines import BaselineFitter, rank_bins
+from modeling_scdiva.metrics.reconstruction_baselines import iter_gene_laws
 from modeling_scdiva.training import evaluate
 from modeling_scdiva.training_metrics import LossMeter
 
@@ -321,6 +322,20 @@ def test_model_is_evaluated_on_the_same_masks_as_in_training() -> None:
     gap = losses.gene["unigram"].mean() - losses.gene["model"].mean()
     assert report["gene_gain_of_model_over"]["unigram"]["mean"] == pytest.approx(gap)
     assert set(report["expression_loss"]) == {*report["expression_gain_of_model_over"], "model"}
+    laws = [law for batch in batches for law in iter_gene_laws(batch, fitted(random_cells(23)))]
+    true_genes = [row[row != -100].numpy() for batch in batches for row in batch["labels"]]
+    expected = [
+        -np.log(law[np.arange(len(genes)), genes]).mean()
+        for genes, law in zip(
+            [genes for genes in true_genes if len(genes)],
+            [law for _, name, law in laws if name == "lattice_counts"],
+            strict=True,
+        )
+    ]
+    found = losses.gene["lattice_counts"]
+    np.testing.assert_allclose(found[found > 0], expected)
+    without = evaluate_denoising(batches, baselines=fitted(random_cells(23)), with_lattice=False)
+    assert not [name for name in without.gene if name.startswith("lattice")]
     alone = report_denoising(evaluate_denoising(batches, baselines=fitted(random_cells(23))))
     assert alone["gene_gain_of_model_over"] == {}
     assert alone["gene_loss"] == {k: v for k, v in report["gene_loss"].items() if k != "model"}

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling_scdiva.metrics.denoising_baselines import DenoisingBaselines
+from modeling_scdiva.metrics.denoising_baselines import IGNORED_LABEL, DenoisingBaselines
+from modeling_scdiva.metrics.reconstruction_baselines import LATTICE_LAWS, iter_gene_laws
 from modeling_scdiva.training_metrics import N_TIME_BINS, time_bin
 
 
@@ -35,7 +36,11 @@ class DenoisingLosses:
 
 @torch.no_grad()
 def evaluate_denoising(
-    batches: Iterable[Mapping[str, torch.Tensor]], *, baselines: DenoisingBaselines, model: Any = None
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    *,
+    baselines: DenoisingBaselines,
+    model: Any = None,
+    with_lattice: bool = True,
 ) -> DenoisingLosses:
     """Compute the losses of a model and of all baselines on the same masked cells.
 
@@ -43,6 +48,8 @@ def evaluate_denoising(
         batches: Collated batches with fixed masks, ``timestep`` included; read once.
         baselines: Fitted on the training split.
         model: A `ScDivaForMaskedDiffusion`, or None for the baselines alone. Evaluated without dropout.
+        with_lattice: Add the gene laws of the sort's arithmetic (`LATTICE_LAWS`); they need cells in ranking
+            order.
 
     Returns:
         Losses of every cell.
@@ -56,6 +63,8 @@ def evaluate_denoising(
         model.eval()
     for batch in batches:
         gene, expression = baselines.gene_losses(batch), baselines.expression_losses(batch)
+        if with_lattice:
+            gene |= _lattice_losses(batch, baselines)
         if model is not None:
             inputs = {name: entry.to(model.device) for name, entry in batch.items() if name != "timestep"}
             outputs = model(**inputs)
@@ -72,6 +81,19 @@ def evaluate_denoising(
         expression={name: _joined(row[1][name] for row in rows) for name in rows[0][1]},
         timestep=_joined(row[2] for row in rows),
     )
+
+
+def _lattice_losses(
+    batch: Mapping[str, torch.Tensor], baselines: DenoisingBaselines
+) -> dict[str, torch.Tensor]:
+    """Give the cross-entropy (B,) of the genes that fit arithmetically between visible neighbours."""
+    labels = batch["labels"].cpu().numpy()
+    losses = {name: torch.zeros(len(labels), dtype=torch.float64) for name in LATTICE_LAWS}
+    for cell, name, law in iter_gene_laws(batch, baselines):
+        if name in losses:
+            true_genes = labels[cell][labels[cell] != IGNORED_LABEL]
+            losses[name][cell] = -np.log(law[np.arange(len(true_genes)), true_genes]).mean()
+    return losses
 
 
 def _joined(parts: Iterable[torch.Tensor]) -> np.ndarray:
