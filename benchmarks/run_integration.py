@@ -138,6 +138,8 @@ def main() -> None:
         for ending, method in DRAWN.items():
             figures[f"{name}{ending}"] = draw_umap(details["embeddings"][method], colours)
     whole["note"] += " Cells of files in the pretraining corpus were seen there without labels; see details."
+    if "kang2018_ifnb_pbmc" in args.datasets:  # no stimulated cell has a curated label
+        whole["note"] += " kang2018_ifnb_pbmc: types of stimulated cells were transferred by a classifier."
     whole |= {"benchmark": "integration", "config": model.config.to_diff_dict() | {"auto_map": None}}
     path = write_result(whole, output, "integration", figures)
     print(f"\nwrote {path}")

@@ -35,6 +35,7 @@ from modeling_scdiva.tasks.annotation import (
     finetune_annotator,
 )
 from modeling_scdiva.tasks.annotator_files import base_of, load_annotator, save_annotator
+from modeling_scdiva.tasks.cells import whole_counts
 from tokenization_scdiva import synthetic_cells, synthetic_tokenizer
 
 CONFIG = Path(__file__).parent / "configs" / "tiny.json"
@@ -111,12 +112,13 @@ def held_out(args: argparse.Namespace, cells: anndata.AnnData) -> np.ndarray:
 
 def score(args: argparse.Namespace, cells: Any, is_test: np.ndarray, annotator: Any, tokenizer: Any) -> None:
     """Print how the held-out groups are annotated, beside a baseline on the same cells."""
+    is_test = is_test & cells.obs[args.label_key].notna().to_numpy()  # cells without a type have no score
     found = annotate_cells(cells[is_test].copy(), model=annotator, tokenizer=tokenizer)
     labels = cells.obs[args.label_key].astype(str).to_numpy()
     groups = cells.obs[args.group_key].to_numpy()
-    train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
+    train, test = np.flatnonzero(~held_out(args, cells)), np.flatnonzero(is_test)
     fitted, tuned, _ = split_validation(labels[train], groups[train], seed=args.seed)
-    parts = as_parts(log_normalise(cells.X), labels, train[fitted], train[tuned], test)
+    parts = as_parts(log_normalise(whole_counts(cells)), labels, train[fitted], train[tuned], test)
     baseline = pca_logistic(parts)
     predictions = {
         f"scDiVa, {args.trainable}": found.likeliest_cell_types,

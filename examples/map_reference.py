@@ -23,8 +23,9 @@ from transformers import AutoModel, AutoTokenizer
 from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.metrics.annotation import log_normalise
 from modeling_scdiva.metrics.classification import classification_scores
+from modeling_scdiva.tasks.cells import whole_counts
 from modeling_scdiva.tasks.reference_mapping import MappingSettings, map_to_reference, transfer_labels
-from tokenization_scdiva import read_counts, synthetic_cells, synthetic_tokenizer
+from tokenization_scdiva import synthetic_cells, synthetic_tokenizer
 
 CONFIG = Path(__file__).parent / "configs" / "tiny.json"
 
@@ -82,9 +83,9 @@ def map_by_components(
 ) -> np.ndarray:
     """Let the same neighbours vote on principal components that are fitted on the reference."""
     genes = reference.var_names.intersection(query.var_names)
-    for cells in (query, reference):
-        read_counts(cells)  # refuses what is not counts
-    tables = [log_normalise(cells[:, genes].X) for cells in (query, reference)]
+    if len(genes) < 2:
+        sys.exit("Query and reference share no names in var, which the comparison with components needs.")
+    tables = [log_normalise(whole_counts(cells[:, genes])) for cells in (query, reference)]
     pca = PCA(min(50, *(size - 1 for size in tables[1].shape)), svd_solver="arpack", random_state=args.seed)
     of_reference = pca.fit_transform(tables[1])
     labels = reference.obs[args.label_key].astype(str).to_numpy()
@@ -93,7 +94,7 @@ def map_by_components(
 
 
 def main() -> None:
-    """Map, score if that is possible, write."""
+    """Map, write, score if that is possible."""
     args = parse_arguments()
     reference, query = read_data(args)
     model, tokenizer = load_model(args, reference)
@@ -114,18 +115,19 @@ def main() -> None:
         batch_size=args.batch_size,
         pooling=args.pooling,
     )
-    if args.label_key in query.obs:
-        truth = query.obs[args.label_key].astype(str).to_numpy()
-        components = map_by_components(query, reference, args, settings)
-        print(f"\n{query.n_obs} query cells, {reference.n_obs} reference cells")
-        print(f"{'':32}{'macro F1':>10}{'accuracy':>10}")
-        for name, types in (("scDiVa", mapping.likeliest_cell_types), ("50 components", components)):
-            numbers = classification_scores(truth, types)
-            print(f"{name + ', nearest cells':32}{numbers['macro_f1']:10.3f}{numbers['accuracy']:10.3f}")
     query.obs["scdiva_cell_type"] = mapping.predicted_cell_types.astype(str)
     query.obs["scdiva_cell_type_probability"] = mapping.confidence
     query.obs["scdiva_distance_percentile"] = mapping.distance_percentile
     query.write_h5ad(args.output)
+    if args.label_key in query.obs and query.obs[args.label_key].notna().any():
+        has_type = query.obs[args.label_key].notna().to_numpy()
+        truth = query.obs[args.label_key].astype(str).to_numpy()[has_type]
+        components = map_by_components(query, reference, args, settings)
+        print(f"\n{len(truth)} query cells with a type, {reference.n_obs} reference cells")
+        print(f"{'':32}{'macro F1':>10}{'accuracy':>10}")
+        for name, types in (("scDiVa", mapping.likeliest_cell_types), ("50 components", components)):
+            numbers = classification_scores(truth, types[has_type])
+            print(f"{name + ', nearest cells':32}{numbers['macro_f1']:10.3f}{numbers['accuracy']:10.3f}")
     print(f"\n{query.obs['scdiva_cell_type'].value_counts().to_string()}")
     print(f"\nTypes, confidences and distances are in obs of {args.output}.")
 

@@ -55,13 +55,15 @@ def make_trainable(
         A `peft.PeftModel` around the model for "lora", else the model itself.
 
     Raises:
-        ValueError: If ``trainable`` is unknown, a number is out of range, or a module does not exist.
+        ValueError: If ``trainable`` is unknown, a number is out of range, a module does not exist, or the
+            model carries an adapter already.
     """
+    refuse_adapter(model)
     if trainable not in TRAINABLE:
         msg = f"trainable must be one of {', '.join(TRAINABLE)}, got {trainable!r}."
         raise ValueError(msg)
     for name in modules_to_save:
-        if not any(part == name or part.endswith(f".{name}") for part, _ in model.named_modules()):
+        if not any(_is_named(part, name) for part, _ in model.named_modules()):
             msg = (
                 f"{type(model).__name__} has no module {name!r} to train; it has "
                 f"{', '.join(part for part, _ in model.named_children())}."
@@ -78,9 +80,26 @@ def make_trainable(
         layers[-n_last_layers:].requires_grad_()
         model.base_model.norm.requires_grad_()
     for part, module in model.named_modules():
-        if part.rsplit(".", 1)[-1] in modules_to_save:
+        if any(_is_named(part, name) for name in modules_to_save):
             module.requires_grad_()
     return model
+
+
+def refuse_adapter(model: Any) -> None:
+    """Refuse a model with adapters where a base is wanted: what is built on it would forget them when saved.
+
+    Args:
+        model: Any model.
+
+    Raises:
+        ValueError: If it carries an adapter.
+    """
+    if hasattr(model, "peft_config"):
+        msg = (
+            f"The {type(model).__name__} carries an adapter already. Merge it with merge_and_unload(), save "
+            "the result with save_pretrained, and load that."
+        )
+        raise ValueError(msg)
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -137,6 +156,10 @@ def save_adapter(
     (folder / "README.md").write_text(ADAPTER_CARD.format(base_model=named), encoding="utf-8")
 
 
+def _is_named(part: str, name: str) -> bool:
+    return part == name or part.endswith(f".{name}")
+
+
 def _with_lora(
     model: Any, rank: int, alpha: int, dropout: float, modules_to_save: Sequence[str]
 ) -> nn.Module:
@@ -144,6 +167,9 @@ def _with_lora(
 
     if rank < 1:
         msg = f"lora_rank must be at least 1, got {rank}."
+        raise ValueError(msg)
+    if alpha <= 0 or not 0.0 <= dropout < 1.0:
+        msg = f"lora_alpha must be positive and lora_dropout lie in [0, 1), got {alpha} and {dropout}."
         raise ValueError(msg)
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     settings = LoraConfig(

@@ -3,8 +3,9 @@
 Notable choices:
 - A task gives a module whose output has a ``loss``, and a function that makes a batch of any rows; shuffling,
   rates, devices and stopping are here.
-- Rows of a batch depend on (seed, epoch) alone and are dealt out to the processes, so a run sees the same
-  cells at any world size.
+- Rows of a batch depend on (seed, epoch) alone and are dealt out to the processes. The mean of a process
+  counts by its rows, so a loss that is a mean over cells trains the same weights at any world size.
+- Every process follows the score of the first, so that all stop after the same epoch.
 - The weights of the best epoch are restored at the end: the score is the task's, on its validation cells.
 
 Source: METHOD.md section 7.
@@ -19,12 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 
 from modeling_scdiva.adapters import trainable_state
 
 Batch = Mapping[str, torch.Tensor]
+PLAIN_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def finetune(
     validate: Callable[[], float] | None = None,
     show_progress: bool = True,
 ) -> list[dict[str, float]]:
-    """Train what requires a gradient, in place. A gradient that is not finite raises `FloatingPointError`.
+    """Train what requires a gradient, in place; torch's global generators stay as they were.
+
+    A gradient or a score that is not finite raises ``FloatingPointError``.
 
     Args:
         model: Its output, a mapping, holds the scalar ``loss``; other entries that end in "loss" are logged.
@@ -93,40 +98,44 @@ def finetune(
         One mapping per epoch: ``epoch``, the mean of each loss, and ``score`` if there is one.
 
     Raises:
-        ValueError: If there is nothing to train, or nothing to train on.
+        ValueError: If there is nothing to train, or nothing to train on, or the launch is not supported.
     """
     accelerator = Accelerator() if accelerator is None else accelerator
+    _refuse_unsupported(accelerator)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if n_examples < 1 or not parameters:
         msg = f"Nothing to train: {n_examples} examples, {len(parameters)} trainable tensors."
         raise ValueError(msg)
-    n_steps = arguments.n_epochs * math.ceil(n_examples / arguments.batch_size)
+    n_batches = math.ceil(n_examples / arguments.batch_size)
+    n_steps = arguments.n_epochs * n_batches
     model.to(accelerator.device)
     optimizer = _optimizer(model, arguments)
+    if accelerator.ddp_handler is None:  # a task need not use every head of a checkpoint
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     wrapped = accelerator.prepare_model(model)
     history: list[dict[str, float]] = []
     best_score, best_state, n_without_better, step = -math.inf, None, 0, 0
     is_quiet = not (show_progress and accelerator.is_main_process)
-    with tqdm(total=n_steps, unit=" steps", desc="Fine-tuning", disable=is_quiet) as bar:
+    bar = tqdm(total=n_steps, unit=" steps", desc="Fine-tuning", disable=is_quiet)
+    with bar, torch.random.fork_rng(devices=_cuda_devices(accelerator)):
         for epoch in range(arguments.n_epochs):
             model.train()
             sums: dict[str, float] = {}
-            for rows in _epoch_rows(n_examples, epoch, arguments, accelerator):
+            for rows, weight in _epoch_rows(n_examples, epoch, arguments, accelerator):
                 _set_rate(optimizer, step, n_steps, arguments)
                 torch.manual_seed(_dropout_seed(arguments.seed, step, accelerator.process_index))
-                losses = _take_step(
-                    model, wrapped, optimizer, make_batch(rows, epoch), arguments, accelerator
-                )
+                batch = make_batch(rows, epoch)
+                losses = _take_step((model, wrapped), optimizer, batch, weight, arguments, accelerator)
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0.0) + loss
                 step += 1
                 bar.update(1)
-            n_batches = math.ceil(n_examples / arguments.batch_size)
+            sums = _mean_over_processes(sums, accelerator)
             line = {"epoch": epoch + 1} | {name: total / n_batches for name, total in sums.items()}
             history.append(line)
             if validate is None:
                 continue
-            line["score"] = score = float(validate())
+            line["score"] = score = _common_score(validate(), accelerator)
             bar.set_postfix(score=f"{score:.4f}")
             if score > best_score:
                 best_score, best_state, n_without_better = score, trainable_state(model), 0
@@ -137,6 +146,38 @@ def finetune(
     if best_state is not None:
         model.load_state_dict(best_state, strict=False)
     return history
+
+
+def _refuse_unsupported(accelerator: Accelerator) -> None:
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        msg = f"mixed_precision={accelerator.mixed_precision!r} needs loss scaling, not built here. Use bf16."
+        raise ValueError(msg)
+    if accelerator.distributed_type not in PLAIN_DATA_PARALLEL:
+        msg = (
+            f"{accelerator.distributed_type.value} is not supported: whole weights are kept and restored. "
+            "Launch with plain data parallelism (accelerate launch --multi_gpu)."
+        )
+        raise ValueError(msg)
+
+
+def _cuda_devices(accelerator: Accelerator) -> list[torch.device]:
+    return [accelerator.device] if accelerator.device.type == "cuda" else []
+
+
+def _mean_over_processes(sums: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
+    if accelerator.num_processes == 1:
+        return sums
+    found = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
+    return dict(zip(sums, found.tolist(), strict=True))
+
+
+def _common_score(score: float, accelerator: Accelerator) -> float:
+    """Return the score of the first process: rounding must not let one stop while another goes on."""
+    score = float(broadcast_object_list([float(score)])[0]) if accelerator.num_processes > 1 else float(score)
+    if not math.isfinite(score):
+        msg = f"The validation score is {score}: no epoch can be chosen by it. Lower the learning rate."
+        raise FloatingPointError(msg)
+    return score
 
 
 def _optimizer(model: nn.Module, arguments: FinetuningArguments) -> torch.optim.AdamW:
@@ -156,28 +197,30 @@ def _optimizer(model: nn.Module, arguments: FinetuningArguments) -> torch.optim.
 
 def _epoch_rows(
     n_examples: int, epoch: int, arguments: FinetuningArguments, accelerator: Accelerator
-) -> Iterator[np.ndarray]:
-    """Yield this process's part of every batch of one epoch; each process gets at least one row."""
+) -> Iterator[tuple[np.ndarray, float]]:
+    """Yield this process's part of every batch of one epoch, and the weight of its mean among all."""
     order = np.random.default_rng((arguments.seed, epoch)).permutation(n_examples)
     n_processes, process = accelerator.num_processes, accelerator.process_index
     for start in range(0, n_examples, arguments.batch_size):
         rows = order[start : start + arguments.batch_size]
-        if len(rows) % n_processes:  # the last batch is filled up from the start, as loaders do
-            rows = np.resize(rows, math.ceil(len(rows) / n_processes) * n_processes)
-        yield rows[process::n_processes]
+        own = rows[process::n_processes]
+        # A process without a row of its own takes part with one that does not count.
+        yield own if len(own) else rows[:1], len(own) * n_processes / len(rows)
 
 
 def _take_step(
-    model: nn.Module,
-    wrapped: Any,
+    models: tuple[nn.Module, Any],
     optimizer: torch.optim.Optimizer,
     batch: Batch,
+    weight: float,
     arguments: FinetuningArguments,
     accelerator: Accelerator,
 ) -> dict[str, float]:
+    """Update models (plain, wrapped for the processes) once; return the losses of this process."""
+    model, wrapped = models
     inputs = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     outputs = wrapped(**inputs)
-    accelerator.backward(outputs["loss"])
+    accelerator.backward(weight * outputs["loss"])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = float(nn.utils.clip_grad_norm_(trained, arguments.max_grad_norm))
     if not math.isfinite(norm):
@@ -190,7 +233,7 @@ def _take_step(
         for name, part in outputs.items()
         if name.endswith("loss") and part is not None and part.ndim == 0
     ]
-    return {name: float(outputs[name].detach()) for name in names}
+    return {name: weight * float(outputs[name].detach()) for name in names}
 
 
 def _set_rate(

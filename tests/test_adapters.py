@@ -289,6 +289,20 @@ def test_what_is_trained(classifier, trainable, expected):
         assert parameter.requires_grad == is_expected, name
 
 
+def test_modules_are_found_by_their_whole_name(classifier):
+    model = make_trainable(classifier, "head", modules_to_save=("model.norm",))
+    assert [name for name, part in model.named_parameters() if part.requires_grad] == ["model.norm.weight"]
+
+
+def test_adapters_are_not_stacked(classifier):
+    """What is trained on top of an adapter would be saved without it."""
+    model = with_lora(classifier)
+    for build in (with_lora, lambda adapted: make_classifier(adapted, NAMES)):
+        for adapted in (model, model.get_base_model()):
+            with pytest.raises(ValueError, match=r"carries an adapter already\. Merge it with"):
+                build(adapted)
+
+
 def test_whole_model_is_saved_with_its_tokenizer(classifier, tokenizer, tmp_path):
     model = make_trainable(classifier, "last_layers", n_last_layers=1, modules_to_save=("classifier",))
     train(model)
@@ -327,6 +341,8 @@ def test_adapter_without_a_base_is_refused(fresh_tiny_model, tmp_path):
     [
         ({"trainable": "adapter"}, "trainable must be one of lora, full, last_layers, head, got 'adapter'"),
         ({"trainable": "lora", "lora_rank": 0}, "lora_rank must be at least 1, got 0"),
+        ({"trainable": "lora", "lora_alpha": 0}, "lora_alpha must be positive .* got 0 and 0.0"),
+        ({"trainable": "lora", "lora_dropout": 1.0}, r"lora_dropout lie in \[0, 1\), got 16 and 1.0"),
         ({"trainable": "last_layers", "n_last_layers": 3}, r"n_last_layers must lie in \[1, 2\], got 3"),
         ({"trainable": "head", "modules_to_save": ["score"]}, "no module 'score' to train; it has model"),
     ],

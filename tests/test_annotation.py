@@ -12,6 +12,7 @@ import torch
 from scipy.special import softmax
 
 from modeling_scdiva import ScDivaModel
+from modeling_scdiva.adapters import make_trainable
 from modeling_scdiva.finetuning import FinetuningArguments
 from modeling_scdiva.tasks.annotation import (
     OBS_KEYS,
@@ -245,6 +246,10 @@ def test_bad_cells(base, tokenizer):
     one.obs["cell_type"] = "B"
     with pytest.raises(ValueError, match=r"one class only \('B'\); at least two"):
         fit(one, base, tokenizer)
+    unknown = made_up()
+    unknown.obs["cell_type"] = ["Unknown"] * 7 + ["B"] * 50 + ["T"] * 63
+    with pytest.raises(ValueError, match="7 cells have the type 'Unknown', which is the answer"):
+        fit(unknown, base, tokenizer)
     gap = made_up()
     gap.obs["cell_type"] = gap.obs["cell_type"].astype(object)
     gap.obs.iloc[3, gap.obs.columns.get_loc("cell_type")] = None
@@ -252,6 +257,8 @@ def test_bad_cells(base, tokenizer):
         fit(gap, base, tokenizer)
     with pytest.raises(TypeError, match=r"got a path \(cells\.h5ad\)"):
         fit("cells.h5ad", base, tokenizer)
+    with pytest.raises(ValueError, match="PeftModel carries an adapter already"):
+        fit(made_up(), make_trainable(copy.deepcopy(base), "lora"), tokenizer)
     with pytest.raises(ValueError, match="has no cells"):
         annotate(made_up()[:0], make_classifier(base, TYPES), tokenizer)
 

@@ -5,10 +5,15 @@ Scope: `finetuning`. Run: pytest tests/test_finetuning.py
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from modeling_scdiva.finetuning import FinetuningArguments, finetune
@@ -123,6 +128,71 @@ def test_a_broken_gradient_stops_before_the_weights_are_spoilt():
     with pytest.raises(FloatingPointError, match="Lower the learning rate"):
         run(model)
     assert torch.isfinite(model.layer.weight).all()
+
+
+def test_global_generators_stay_as_they_were():
+    model = Line()
+    before = torch.random.get_rng_state()
+    run(model)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_score_that_is_not_finite_is_refused():
+    with pytest.raises(FloatingPointError, match="The validation score is nan: no epoch can be chosen"):
+        run(Line(), validate=lambda: math.nan)
+
+
+TWO_PROCESSES = """
+import sys, runpy, torch
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+print(runpy.run_path(sys.argv[1])["divided"](accelerator))
+"""
+
+
+def divided(accelerator):
+    """Train with a last batch of one row, a head that is never used and, per process, another score."""
+    model = Line()
+    model.dropout = nn.Identity()
+    model.unused = nn.Linear(2, 2)
+    scores = iter([0.5, 0.9, 0.4, 0.3, 0.2]) if accelerator.is_main_process else itertools.count(1.0)
+    history = finetune(
+        model,
+        n_examples=N - 1,
+        make_batch=lambda rows, epoch: {"rows": torch.from_numpy(rows)},
+        arguments=FinetuningArguments(n_epochs=5, batch_size=16, learning_rate=0.05, patience=2),
+        accelerator=accelerator,
+        validate=lambda: next(scores),
+        show_progress=False,
+    )
+    return [len(history), history[-1]["loss"], *model.layer.weight.flatten().tolist()]
+
+
+def test_two_processes_train_the_same_and_stop_together(tmp_path):
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [*torchrun, str(tmp_path / "two.py"), __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = divided(Accelerator(cpu=True))
+    assert expected[0] == 4  # the second epoch was best, patience 2
+    found = [[float(part) for part in line.strip("[]").split(",")] for line in done.stdout.splitlines()]
+    assert len(found) == 2
+    for numbers in found:
+        assert numbers == pytest.approx(expected, abs=1e-6)
+
+
+def test_launches_that_are_not_supported_are_refused():
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision = "fp16"
+    try:
+        with pytest.raises(ValueError, match="mixed_precision='fp16' needs loss scaling"):
+            divided(accelerator)
+    finally:
+        accelerator.state._mixed_precision = "no"
 
 
 def test_nothing_to_train_is_an_error():

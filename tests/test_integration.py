@@ -21,6 +21,7 @@ from modeling_scdiva.tasks.cells import read_cells
 from modeling_scdiva.tasks.embedding import embed_cells
 from modeling_scdiva.tasks.integration import integrate_batches
 from modeling_scdiva.tasks.integration_network import (
+    VALIDATION_STREAM,
     CellViews,
     GradientReversal,
     IntegrationArguments,
@@ -275,6 +276,23 @@ def test_writes_embedding_and_provenance(adata, tokenizer, fresh_tiny_model, tmp
     assert stored["integration"]["batch_key"] == "donor_id"
     assert stored["integration"]["label_key"] == "none"
     assert stored["integration"]["arguments"]["temperature"] == SHORT.temperature
+
+
+def test_validation_mixes_batches_that_lie_apart_in_the_file(adata, tokenizer, fresh_tiny_model, monkeypatch):
+    """States are standardised within what is scored at once: one batch alone would look like none."""
+    asked, batch = [], CellViews.batch
+
+    def watch(self, rows, epoch):
+        if epoch == VALIDATION_STREAM:
+            asked.append(rows)
+        return batch(self, rows, epoch)
+
+    monkeypatch.setattr(CellViews, "batch", watch)
+    adata.obs["plate"] = ["first"] * 24 + ["second"] * 24
+    arguments = dataclasses.replace(SHORT, n_epochs=1, batch_size=12, validation_fraction=0.5)
+    integrate(adata, fresh_tiny_model(), tokenizer, batch_key="plate", arguments=arguments)
+    assert [len(rows) for rows in asked] == [12, 12]
+    assert all(0 < (rows < 24).sum() < 12 for rows in asked)
 
 
 def test_label_free_mode_never_reads_labels(adata, tokenizer, fresh_tiny_model):

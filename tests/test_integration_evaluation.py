@@ -124,11 +124,13 @@ def test_subsample_keeps_the_share_of_every_group():
         ({"batch_key": "typo"}, KeyError, r"no column 'typo' \(technical batches\)"),
         ({"label_key": "empty"}, ValueError, r"obs\['empty'\] labels no cell"),
         ({"protocol": IntegrationProtocol(reading={"expression_is_log1p": True})}, ValueError, "raw counts"),
+        ({"protocol": IntegrationProtocol(reading={"layer": "log"})}, ValueError, "log does not hold whole"),
     ],
 )
 def test_requests_that_cannot_be_met(adata, tokenizer, fresh_tiny_model, changes, error, message):
     adata = adata.copy()
     adata.obs["empty"] = [None, *["unassigned"] * 79]
+    adata.layers["log"] = adata.X.log1p()
     arguments = {"batch_key": "plate", "label_key": "gated"} | changes
     with pytest.raises(error, match=message):
         evaluate_integration(adata, model=fresh_tiny_model(), tokenizer=tokenizer, **arguments)

@@ -158,6 +158,7 @@ def test_bad_cells(cells, fresh_tiny_model, tokenizer):
     [
         (np.ones((2, 3)), np.ones((20, 4)), r"do not fit, got \(2, 3\), \(20, 4\) and \(20,\)"),
         (np.ones((2, 3)), np.full((20, 3), np.nan), "must be finite"),
+        (np.ones((2, 3)), np.ones((20, 3)), r"one type only \('a'\)"),
         (np.ones((2, 3)), np.ones((15, 3)), "n_neighbors=15 needs a larger reference than 15 cells"),
     ],
 )

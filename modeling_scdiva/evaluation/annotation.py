@@ -10,14 +10,15 @@ Notable choices:
   method alike, counted, and used for ``novel_auroc``: does low confidence tell them from the others?
 - ``ece`` is of the probabilities as they come, ``ece_scaled`` after one temperature from validation cells.
   ``coverage`` and ``accepted_accuracy`` are at the threshold that promises ``wanted_accuracy`` there.
-- Bootstrap intervals of accuracy resample groups where there are at least five, else cells.
+- Bootstrap intervals of accuracy resample whole groups where there are at least five, else cells; a group
+  counts by its cells, as it does in the accuracy.
 
 Dimensions: N cells, C classes.
 Source: METHOD.md section 7.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,7 +249,7 @@ def _splits(
 
 def _pool(
     table: CellTable,
-    splits: Iterable[CellSplit],
+    splits: Sequence[CellSplit],
     found: Iterable[ClassProbabilities],
     protocol: AnnotationProtocol,
 ) -> _Run:
@@ -275,6 +276,13 @@ def _pool(
     whole = {key: np.concatenate(arrays) for key, arrays in parts.items()}
     rows, is_known = whole["rows"], whole["is_known"]
     truth = table.labels[rows]
+    if not is_known.any():
+        trained = sorted({name for split in splits for name in table.labels[split.train].tolist()})
+        msg = (
+            f"No test cell has a type that was trained. Test: {shown(sorted(set(truth)))}; training: "
+            f"{shown(trained)}. Bring the names together with label_map."
+        )
+        raise ValueError(msg)
     numbers = classification_scores(truth[is_known], whole["predicted"][is_known])
     codes = encode_labels(truth, names)
     numbers |= calibration_scores(whole["raw"][is_known], codes[is_known])
@@ -291,15 +299,16 @@ def _pool(
 
 
 def _row(runs: Sequence[_Run], table: CellTable) -> dict[str, Any]:
-    low, high = bootstrap_interval(_unit_accuracy(runs, table))
+    right, sizes = _unit_counts(runs, table)
+    low, high = bootstrap_interval(np.arange(len(sizes)), statistic=_share(right, sizes))
     return summarise([run.numbers for run in runs]) | {"accuracy_low": low, "accuracy_high": high}
 
 
-def _unit_accuracy(runs: Sequence[_Run], table: CellTable) -> np.ndarray:
-    """Average accuracy over seeds, per group where there are enough, else per cell.
+def _unit_counts(runs: Sequence[_Run], table: CellTable) -> tuple[np.ndarray, np.ndarray]:
+    """Count cells by unit: a group where there are enough, else a single cell.
 
     Returns:
-        (n,) one number per unit, in the same order for every method.
+        (n,) cells that are right, averaged over seeds, and (n,) cells; the same units for every method.
     """
     totals, counts = np.zeros(len(table.labels)), np.zeros(len(table.labels))
     for run in runs:
@@ -309,9 +318,19 @@ def _unit_accuracy(runs: Sequence[_Run], table: CellTable) -> np.ndarray:
     is_scored = counts > 0
     values = totals[is_scored] / counts[is_scored]
     if _interval_unit(table) == "cell" or table.groups is None:
-        return values
-    groups = table.groups[is_scored]
-    return np.array([values[groups == name].mean() for name in np.unique(groups)])
+        return values, np.ones(len(values))
+    units = np.unique(table.groups[is_scored], return_inverse=True)[1]
+    return np.bincount(units, weights=values), np.bincount(units).astype(np.float64)
+
+
+def _share(right: np.ndarray, sizes: np.ndarray) -> Callable[..., Any]:
+    """Return a function that gives the accuracy of resampled units, which come as their places."""
+
+    def accuracy(places: np.ndarray, axis: int = -1) -> Any:
+        chosen = places.astype(np.int64)
+        return right[chosen].sum(axis=axis) / sizes[chosen].sum(axis=axis)
+
+    return accuracy
 
 
 def _interval_unit(table: CellTable) -> str:
@@ -339,9 +358,16 @@ def _details(
         "seeds": list(protocol.seeds),
     }
     if REFERENCE_METHOD in runs:
-        reference = _unit_accuracy(runs[REFERENCE_METHOD], table)
+        reference, sizes = _unit_counts(runs[REFERENCE_METHOD], table)
+        places = np.arange(len(sizes))
         details["differences"] = {
-            method: paired_bootstrap_difference(_unit_accuracy(of_seeds, table), reference)
+            method: paired_bootstrap_difference(
+                places,
+                places + len(sizes),
+                statistic=_share(
+                    np.concatenate([_unit_counts(of_seeds, table)[0], reference]), np.tile(sizes, 2)
+                ),
+            )
             for method, of_seeds in runs.items()
             if method in MODEL_METHODS
         }

@@ -20,6 +20,7 @@ import torch
 from scipy.sparse import csr_matrix, issparse, vstack
 from scipy.special import softmax
 
+from modeling_scdiva.fresh_model import random_weights
 from modeling_scdiva.metrics.annotation import depth_features, log_normalise
 from modeling_scdiva.metrics.annotation_baselines import (
     ClassProbabilities,
@@ -46,6 +47,7 @@ from modeling_scdiva.tasks.cells import (
     length_batches,
     read_cells,
     shown,
+    whole_counts,
 )
 from modeling_scdiva.tasks.classifier import predict_logits
 
@@ -139,22 +141,16 @@ def read_table(
         **reading: How to read the AnnData, as in `ScDivaTokenizer.iter_cells`.
 
     Returns:
-        The table.
-
-    Raises:
-        ValueError: If the baselines find no counts where the network would look for them.
+        The table; its baselines see the counts where the network does, see `whole_counts`.
     """
     cells = read_cells(adata, tokenizer=tokenizer, max_genes=max_genes, **reading)
-    layer = reading.get("layer") or ("counts" if "counts" in adata.layers else "X")
-    matrix = csr_matrix(adata.X if layer == "X" else adata.layers[layer])
+    layer = reading.get("layer")
     if reading.get("expression_is_log1p"):
-        expression = matrix.astype(np.float32)
-        depth = np.log1p(np.diff(matrix.indptr).astype(np.float32))[:, None]
+        expression = csr_matrix(adata.X if layer in (None, "X") else adata.layers[layer], dtype=np.float32)
+        depth = np.log1p(expression.getnnz(axis=1).astype(np.float32))[:, None]
     else:
-        if (matrix.data != np.rint(matrix.data)).any():
-            msg = f"{layer} does not hold whole counts, which the baselines need. Name them with layer=..."
-            raise ValueError(msg)
-        expression, depth = log_normalise(matrix), depth_features(matrix)
+        counts = whole_counts(adata, layer=layer)
+        expression, depth = log_normalise(counts), depth_features(counts)
     key = reading.get("gene_id_key")
     names = np.asarray(adata.var_names if key is None else adata.var[key]).astype(str)
     return CellTable(cells, expression, depth, np.asarray(labels).astype(str), groups, names)
@@ -254,10 +250,7 @@ class MethodRunner:
 
     def _random_model(self, seed: int) -> Any:
         if seed not in self._random:
-            encoder = encoder_of(self.model)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                self._random = {seed: type(encoder)(encoder.config).to(encoder.device).eval()}
+            self._random = {seed: random_weights(encoder_of(self.model), seed=seed)}
         return self._random[seed]
 
     def _finetuned(self, model: Any, trainable: Any, split: CellSplit, seed: int) -> ClassProbabilities:

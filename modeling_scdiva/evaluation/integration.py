@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
 from modeling_scdiva.adapters import Trainable
 from modeling_scdiva.evaluation.report import summarise
@@ -30,7 +29,7 @@ from modeling_scdiva.fresh_model import random_weights
 from modeling_scdiva.metrics import integration_baselines as baselines
 from modeling_scdiva.metrics.annotation import depth_features
 from modeling_scdiva.metrics.integration import integration_scores, integration_settings
-from modeling_scdiva.tasks.cells import CellTokenizer, encoder_of, obs_column, refuse_path
+from modeling_scdiva.tasks.cells import CellTokenizer, encoder_of, obs_column, refuse_path, whole_counts
 from modeling_scdiva.tasks.embedding import embed_cells
 from modeling_scdiva.tasks.integration import integrate_batches
 from modeling_scdiva.tasks.integration_network import IntegrationArguments
@@ -188,7 +187,10 @@ class _Rivals:
         protocol: IntegrationProtocol,
     ) -> None:
         self.cells, self.batches, self.labels = cells, batches, labels
-        self.counts = _raw_counts(cells, protocol.reading)
+        if protocol.reading.get("expression_is_log1p"):
+            msg = "The baselines (PCA, Harmony, scVI) need raw counts, and reading says expression_is_log1p."
+            raise ValueError(msg)
+        self.counts = whole_counts(cells, layer=protocol.reading.get("layer"))
         self.model, self.tokenizer, self.batch_key = model, tokenizer, batch_key
         self.arguments, self.protocol = arguments, protocol
         self.is_chosen = baselines.highly_variable_genes(
@@ -284,15 +286,6 @@ def _label_column(adata: Any, label_key: str, unlabelled: Sequence[str]) -> np.n
         msg = f"obs[{label_key!r}] labels no cell: all entries are missing or among {sorted(unlabelled)}."
         raise ValueError(msg)
     return labels
-
-
-def _raw_counts(cells: Any, reading: dict[str, Any]) -> csr_matrix:
-    """Return the counts (N, G) on which the baselines work."""
-    if reading.get("expression_is_log1p"):
-        msg = "The baselines (PCA, Harmony, scVI) need raw counts, and reading says expression_is_log1p."
-        raise ValueError(msg)
-    layer = reading.get("layer")
-    return csr_matrix(cells.X if layer in (None, "X") else cells.layers[layer])
 
 
 def _stratified_rows(batches: np.ndarray, labels: np.ndarray, protocol: IntegrationProtocol) -> np.ndarray:

@@ -204,6 +204,9 @@ def finetune_annotator(
 
     Returns:
         The annotator with the weights of its best epoch.
+
+    Raises:
+        ValueError: If there is one type only, or one is called `Unknown`.
     """
     refuse_path(adata)
     settings = settings or AnnotatorSettings()
@@ -213,7 +216,12 @@ def finetune_annotator(
     if settings.group_key is not None:
         groups = obs_column(adata, settings.group_key, what="donors or technical batches")
     check_vocabulary(model, tokenizer)
-    _refuse_one_class(labels)
+    if UNKNOWN in _refuse_one_class(labels):
+        msg = (
+            f"{int((labels == UNKNOWN).sum())} cells have the type {UNKNOWN!r}, which is the answer for "
+            "cells below the threshold. Leave them out, or give the type another name."
+        )
+        raise ValueError(msg)
     train, validation, kind = split_validation(
         labels, groups, fraction=settings.validation_fraction, seed=arguments.seed
     )

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -186,6 +187,31 @@ def obs_column(adata: Any, key: str, *, what: str) -> np.ndarray:
         )
         raise ValueError(msg)
     return column.map(str).to_numpy(dtype=object)
+
+
+def whole_counts(adata: Any, *, layer: str | None = None) -> csr_matrix:
+    """Take the counts on which baselines work, from where a tokenizer takes them.
+
+    Args:
+        adata: AnnData with N cells and G genes, in memory.
+        layer: Layer to take, "X" for ``X``; default ``layers["counts"]`` where there is one, else ``X``.
+
+    Returns:
+        (N, G) CSR.
+
+    Raises:
+        KeyError: If there is no such layer.
+        ValueError: If the values are not whole counts.
+    """
+    layer = layer or ("counts" if "counts" in adata.layers else "X")
+    if layer != "X" and layer not in adata.layers:
+        msg = f"There is no layer {layer!r}. Layers: {shown(adata.layers)}, and X."
+        raise KeyError(msg)
+    matrix = csr_matrix(adata.X if layer == "X" else adata.layers[layer])
+    if (matrix.data < 0).any() or (matrix.data != np.rint(matrix.data)).any():
+        msg = f"{layer} does not hold whole counts, which the baselines need. Name them with layer=..."
+        raise ValueError(msg)
+    return matrix
 
 
 def shown(names: Any) -> str:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from modeling_scdiva.adapters import refuse_adapter
 from modeling_scdiva.tasks.cells import TokenizedCells, encoder_of, evaluation_mode, length_batches
 
 
@@ -33,8 +34,10 @@ def make_classifier(model: PreTrainedModel, label_names: Sequence[str]) -> PreTr
 
     Returns:
         `ScDivaForSequenceClassification` of the same code, on the same device and in the same dtype. It
-        remembers where the model came from, which an adapter refers to.
+        remembers where the model came from, which an adapter refers to. A model that carries an adapter
+        raises ``ValueError``.
     """
+    refuse_adapter(model)
     encoder = encoder_of(model)
     config = copy.deepcopy(model.config)
     config.id2label = dict(enumerate(map(str, label_names)))

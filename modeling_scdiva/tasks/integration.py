@@ -158,7 +158,8 @@ def _train(network: IntegrationModel, views: CellViews, show_progress: bool) -> 
     arguments = views.arguments
     order = np.random.default_rng(arguments.seed).permutation(views.cells.n_cells)
     n_held_out = round(arguments.validation_fraction * len(order))
-    held_out, trained = np.sort(order[:n_held_out]), np.sort(order[n_held_out:])
+    # Held-out cells stay shuffled: batches that lie together in the file would each be standardised away.
+    held_out, trained = order[:n_held_out], np.sort(order[n_held_out:])
 
     def make_batch(rows: np.ndarray, epoch: int) -> dict[str, torch.Tensor]:
         return views.batch(trained[rows], epoch)

@@ -156,7 +156,7 @@ def transfer_labels(
         Types, confidences and neighbours.
 
     Raises:
-        ValueError: If shapes do not fit, a number is not finite, or the reference has too few cells.
+        ValueError: If shapes do not fit, a number is not finite, or the reference has too few cells or types.
     """
     settings = settings or MappingSettings()
     query, reference = (np.ascontiguousarray(part, dtype=np.float32) for part in (query, reference))
@@ -174,6 +174,13 @@ def transfer_labels(
     if len(reference) <= settings.n_neighbors:
         msg = f"n_neighbors={settings.n_neighbors} needs a larger reference than {len(reference)} cells."
         raise ValueError(msg)
+    names, codes = np.unique(labels, return_inverse=True)
+    if len(names) < 2:
+        msg = (
+            f"The reference has one type only ({str(names[0])!r}), which would be every cell's with "
+            "confidence 1; at least two are needed."
+        )
+        raise ValueError(msg)
 
     sample = np.random.default_rng(settings.seed).permutation(len(reference))[:MAX_CALIBRATION_CELLS]
     searched = np.concatenate([query, reference[sample]])
@@ -185,7 +192,6 @@ def transfer_labels(
     # Shifted so that the nearest neighbour weighs 1: the shares are the same, and none is 0 / 0.
     exponents = -(distances.astype(np.float64) ** 2) / (2 * scale**2)
     weights = np.exp(exponents - exponents.max(axis=1, keepdims=True))
-    names, codes = np.unique(labels, return_inverse=True)
     votes = np.zeros((len(query), len(names)))
     for neighbor in range(settings.n_neighbors):
         votes[np.arange(len(query)), codes[rows[:, neighbor]]] += weights[:, neighbor]
