@@ -112,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pooling", default="lat", choices=["lat", "mean"], help="of the frozen embedding")
     parser.add_argument("--max_genes", type=int, help="genes kept of a cell; default the tokenizer's")
     parser.add_argument("--wanted_accuracy", type=float, default=0.95, help="of cells that keep their type")
+    parser.add_argument("--bf16", action="store_true", help="run the network under bf16 autocast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -165,14 +166,15 @@ def main() -> None:
         task = DATASETS[name]
         train, test = read_cells_of(task, arguments.data)
         title = f"{task.file} to {task.test_file}" if task.test_file else f"{task.file}, {task.held_out} out"
-        result = evaluate_annotation(
-            train,
-            model=model,
-            tokenizer=tokenizer,
-            protocol=protocol_of(task, arguments),
-            test=test,
-            data_name=title,
-        )
+        with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.bf16):
+            result = evaluate_annotation(
+                train,
+                model=model,
+                tokenizer=tokenizer,
+                protocol=protocol_of(task, arguments),
+                test=test,
+                data_name=title,
+            )
         print_result(result)
         for part in ("numbers", "baselines"):
             whole[part] += result[part]

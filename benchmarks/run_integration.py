@@ -101,6 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=DEFAULTS.learning_rate, help="peak rate")
     parser.add_argument("--n_scvi_epochs", type=int, default=50, help="epochs of scVI; 0 leaves it out")
     parser.add_argument("--no_kbet", action="store_true", help="leave kBET out")
+    parser.add_argument("--bf16", action="store_true", help="run the network under bf16 autocast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -124,10 +125,11 @@ def main() -> None:
             data_name=f"{name}, {batch_kind}", max_cells=args.max_cells, trainable=args.trainable,
             n_scvi_epochs=args.n_scvi_epochs, with_kbet=not args.no_kbet,
         )  # fmt: skip
-        result = evaluate_integration(
-            read(args.data), model=model, tokenizer=tokenizer, batch_key="batch", label_key="cell_type",
-            seeds=args.seeds, arguments=arguments, protocol=protocol,
-        )  # fmt: skip
+        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.bf16):
+            result = evaluate_integration(
+                read(args.data), model=model, tokenizer=tokenizer, batch_key="batch", label_key="cell_type",
+                seeds=args.seeds, arguments=arguments, protocol=protocol,
+            )  # fmt: skip
         print_result(result)
         details = result.pop("details")
         whole["numbers"] += result.pop("numbers")

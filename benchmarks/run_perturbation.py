@@ -25,6 +25,7 @@ from modeling_scdiva.evaluation.figures import draw_delta_scatter
 from modeling_scdiva.evaluation.perturbation import PerturbationProtocol, evaluate_perturbation
 from modeling_scdiva.finetuning import FinetuningArguments
 from modeling_scdiva.provenance import result_path
+from modeling_scdiva.tasks.cells import obs_column
 from modeling_scdiva.tasks.perturbation_data import unknown_targets
 from modeling_scdiva.tasks.perturbation_training import PerturbationSettings
 
@@ -71,7 +72,8 @@ def main() -> None:
         name, _, listed = entry.partition("=")
         genes[name] = [gene for gene in listed.split(",") if gene]
     reading = {"vocabulary": tokenizer.vocabulary, "control_label": arguments.control_label}
-    unknown = unknown_targets(adata.obs[arguments.perturbation_key], perturbation_genes=genes, **reading)
+    labels = obs_column(adata, arguments.perturbation_key, what="perturbations")
+    unknown = unknown_targets(labels.tolist(), perturbation_genes=genes, **reading)
     result = evaluate_perturbation(
         adata,
         model=model,

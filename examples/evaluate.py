@@ -12,6 +12,7 @@ reported and left out, or refused where it was asked for by name. The JSON files
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--perturbation_key", help="obs column with perturbations")
     parser.add_argument("--control_label", default="control", help="its entry for controls")
     parser.add_argument("--holdout_key", help="obs column whose levels the perturbation task leaves out")
+    parser.add_argument("--match_keys", nargs="*", default=[], help="obs columns shared with controls")
+    parser.add_argument("--target", action="append", default=[], help="NAME=GENE,GENE of what is no gene")
     parser.add_argument("--reference", type=Path, help="table of known edges: tf, target")
     parser.add_argument("--confidences", nargs="+", help="classes of the reference to keep; default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
@@ -109,7 +112,8 @@ def load(arguments: argparse.Namespace) -> tuple[anndata.AnnData, Any, Any, pd.D
     if model is None:
         print("No --checkpoint: random weights. Their numbers are those of a model that learned nothing.")
         tokenizer = synthetic_tokenizer(cells)
-        model = fresh_model(CONFIG, tokenizer, seed=100)  # others than those of the random-weights rows
+        network = json.loads(CONFIG.read_text("utf-8")) | {"latent_loss_weight": 1.0}  # has all decoders
+        model = fresh_model(network, tokenizer, seed=100)  # others than those of the random-weights rows
     if not arguments.data and edges is not None:  # networks name genes as the vocabulary shows them
         symbol_of = dict(zip(tokenizer.vocabulary.gene_ids, tokenizer.vocabulary.gene_symbols, strict=True))
         edges = edges.map(symbol_of.get)
@@ -126,6 +130,11 @@ def main() -> None:
         reference=edges,
         **{key: getattr(arguments, key) for key in KEYS},
         control_label=arguments.control_label,
+        match_keys=arguments.match_keys,
+        perturbation_genes={
+            name: [gene for gene in genes.split(",") if gene]
+            for name, _, genes in (entry.partition("=") for entry in arguments.target)
+        },
         seeds=arguments.seeds,
         n_epochs=arguments.n_epochs,
         max_test_cells=arguments.max_test_cells,

@@ -97,11 +97,11 @@ def main() -> None:
     losses = result["details"]["gene_loss"]
     ratios = result["details"]["mask_ratios"]
     middle = int(np.argmin(np.abs(np.array(ratios) - 0.5)))
-    lattice = min(curve[middle] for method, curve in losses.items() if method.startswith("lattice"))
+    best, baseline = min((curve[middle], name) for name, curve in losses.items() if "scDiVa" not in name)
     print(f"\nWrote {path} and its pictures.")
     print(
-        f"Gene loss with {100 * ratios[middle]:g} % hidden: {losses['scDiVa'][middle]:.3f} nats, arithmetic "
-        f"alone {lattice:.3f} nats."
+        f"Gene loss with {100 * ratios[middle]:g} % hidden: {losses['scDiVa'][middle]:.3f} nats, without a "
+        f"network {best:.3f} nats ({baseline})."
     )
 
 

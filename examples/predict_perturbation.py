@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from modeling_scdiva import ScDivaForMaskedDiffusion
 from modeling_scdiva.finetuning import FinetuningArguments
 from modeling_scdiva.fresh_model import fresh_model
+from modeling_scdiva.tasks.cells import obs_column
 from modeling_scdiva.tasks.clamping import ClampSettings, clamp_genes
 from modeling_scdiva.tasks.perturbation import finetune_perturbation, predict_perturbation
 from modeling_scdiva.tasks.perturbation_data import unknown_targets
@@ -51,9 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pairing", default="mean", help="mean or optimal_transport")
     parser.add_argument("--n_epochs", type=int, default=10)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument(
-        "--max_cells", type=int, default=50, help="training cells of a perturbation and group"
-    )
+    parser.add_argument("--max_cells", type=int, default=50, help="of a perturbation and group, in training")
     parser.add_argument("--off", nargs="*", default=[], help="clamp: genes to switch off")
     parser.add_argument("--up", nargs="*", default=[], help="clamp: genes to raise")
     parser.add_argument("--n_cells", type=int, default=100, help="clamp: cells to read, controls where known")
@@ -87,8 +86,7 @@ def load(arguments: argparse.Namespace) -> tuple[anndata.AnnData, Any, Any]:
         tokenizer = ScDivaTokenizer(vocabulary=vocabulary, max_genes=128)
         return cells, fresh_model(CONFIG, tokenizer), tokenizer
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    first = tokenizer.vocabulary.n_special_tokens
-    genes = tokenizer.vocabulary.gene_ids[first : first + 300]
+    genes = tokenizer.vocabulary.gene_ids[tokenizer.vocabulary.n_special_tokens :][:300]
     cells = made_up_screen(genes) if arguments.data is None else anndata.read_h5ad(arguments.data)
     return cells, ScDivaForMaskedDiffusion.from_pretrained(arguments.checkpoint), tokenizer
 
@@ -96,11 +94,9 @@ def load(arguments: argparse.Namespace) -> tuple[anndata.AnnData, Any, Any]:
 def learn(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tokenizer: Any) -> None:
     """Fine-tune on the whole screen, save, predict, write."""
     accelerator = Accelerator()
-    labels = cells.obs[arguments.perturbation_key].astype(str)
-    genes = {}
-    for entry in arguments.target:
-        name, _, listed = entry.partition("=")
-        genes[name] = [gene for gene in listed.split(",") if gene]
+    labels = obs_column(cells, arguments.perturbation_key, what="perturbations")
+    named = (entry.partition("=") for entry in arguments.target)
+    genes = {name: [gene for gene in listed.split(",") if gene] for name, _, listed in named}
     reading = {"vocabulary": tokenizer.vocabulary, "control_label": arguments.control_label}
     unknown = unknown_targets(labels, perturbation_genes=genes, **reading)
     if unknown and arguments.bare_unknown:
@@ -125,12 +121,12 @@ def learn(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tok
     )
     if not accelerator.is_main_process:
         return
-    last = fit.history[-1]
-    print(f"Loss {fit.history[0]['delta_loss']:.3f} -> {last['delta_loss']:.3f} (predicting no change: 1).")
+    first, last = (fit.history[epoch]["delta_loss"] for epoch in (0, -1))
+    print(f"Loss {first:.3f} -> {last:.3f} (predicting no change: 1).")
     fit.model.save_pretrained(arguments.output / "scdiva_perturbation")
     tokenizer.save_pretrained(arguments.output / "scdiva_perturbation")
     predicted = predict_perturbation(
-        cells[(labels == arguments.control_label).to_numpy()],
+        cells[labels == arguments.control_label],
         model=fit.model,
         tokenizer=tokenizer,
         perturbations=arguments.perturbations or [*fit.perturbations, *fit.validation],
@@ -148,12 +144,16 @@ def learn(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tok
 def clamp(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tokenizer: Any) -> None:
     """Clamp genes in control cells, print what moves most, write the table."""
     if arguments.perturbation_key in cells.obs:
-        cells = cells[(cells.obs[arguments.perturbation_key] == arguments.control_label).to_numpy()]
+        labels = obs_column(cells, arguments.perturbation_key, what="perturbations")
+        if arguments.control_label not in labels:
+            msg = f"No cell is labelled {arguments.control_label!r}, but {sorted(set(labels))[:12]}."
+            raise SystemExit(msg)
+        cells = cells[labels == arguments.control_label]
     chosen = np.random.default_rng(0).permutation(cells.n_obs)[: arguments.n_cells]
     off = arguments.off or ([] if arguments.up else [cells.var_names[int(np.argmax(cells.X.sum(axis=0)))]])
     found = clamp_genes(
         cells[np.sort(chosen)],
-        model=model,
+        model=model.to(Accelerator().device),
         tokenizer=tokenizer,
         off=off,
         up=arguments.up,

@@ -228,6 +228,8 @@ def test_refusals(adata, model, tokenizer):
         clamp(adata, ScDivaModel(model.config), tokenizer, off=["GENE1"])
     with pytest.raises(TypeError, match=r"got a path \(cells\.h5ad\)"):
         clamp("cells.h5ad", model, tokenizer, off=["GENE1"])
+    with pytest.raises(ValueError, match="No genes to read out are named"):
+        clamp(adata, model, tokenizer, off=["GENE1"], genes=[])
     with pytest.raises(ValueError, match="no gene-query decoder"):
         clamp(adata, model, tokenizer, off=["GENE1"], settings=ClampSettings(readout="decoder"))
 
@@ -247,6 +249,7 @@ def test_silent_gene_is_refused(adata, model, tokenizer):
         ({"off_mode": "mask"}, "off_mode must be"),
         ({"readout": "all"}, "readout must be one of auto, slots, decoder"),
         ({"hidden_fraction": 1.0}, r"hidden_fraction must lie in \(0, 1\)"),
+        ({"up_value": 0.0}, "up_value must be a log1p value above 0"),
         ({"n_random_sets": 1}, "n_random_sets must be at least 2"),
     ],
 )

@@ -140,6 +140,16 @@ def test_references_are_read_from_any_table(tmp_path, ending):
     assert len(read_reference_network(path)) == 3
 
 
+def test_words_of_signs(tmp_path):
+    signs = ["Activation", "Repression", "Unknown", "-1", None]
+    table = pd.DataFrame({"tf": ["A"] * 5, "target": list("VWXYZ"), "mode": signs})
+    table.to_csv(tmp_path / "words.csv", index=False)
+    assert read_reference_network(tmp_path / "words.csv")["sign"].tolist() == [1, -1, 0, -1, 0]
+    table.replace("Unknown", "up").to_csv(tmp_path / "other.csv", index=False)
+    with pytest.raises(ValueError, match=r"other\.csv: a sign is a number or one of .* got 'up'"):
+        read_reference_network(tmp_path / "other.csv")
+
+
 def test_unusable_references(tmp_path):
     pd.DataFrame({"source": ["A"], "confidence": ["D"]}).to_csv(tmp_path / "a.csv")
     with pytest.raises(KeyError, match=r"a\.csv has no column 'target'\. Columns: .*'source', 'confidence'"):

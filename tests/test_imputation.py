@@ -187,7 +187,7 @@ def test_bad_input_is_refused(adata, model, fresh_tiny_model, tokenizer):
         impute_expression(adata, model=fresh_tiny_model(), tokenizer=tokenizer)
     with pytest.raises(KeyError, match=r"2 of 3 genes are not among the .* vocabulary: 'FOO', 'BAR'"):
         impute_expression(adata, genes=["FOO", adata.var_names[0], "BAR"], **settings)
-    with pytest.raises(ValueError, match=r"genes names no gene"):
+    with pytest.raises(ValueError, match=r"No genes are named"):
         impute_expression(adata, genes=[], **settings)
     with pytest.raises(TypeError, match="genes must be a list of names, got the text 'CD3E'"):
         impute_expression(adata, genes="CD3E", **settings)

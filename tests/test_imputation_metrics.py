@@ -23,6 +23,7 @@ from modeling_scdiva.metrics.imputation import (
 from modeling_scdiva.metrics.imputation_baselines import (
     gene_mean,
     gene_mean_depth,
+    given_silent,
     identity,
     knn_smoothing,
     log_expression,
@@ -193,6 +194,19 @@ def test_baselines_by_hand():
     np.testing.assert_allclose(depth.expected[0], drawn, rtol=0.03)
     none = gene_mean_depth(np.array([[1, 0]]), np.array([1.0]), np.array([0.0]))
     assert np.isfinite(none.expected).all()
+
+
+def test_a_silent_gene_may_only_be_in_the_rest_of_the_molecules():
+    rng, sizes = np.random.default_rng(1), np.array([30.0])
+    depth = gene_mean_depth(COUNTS, np.array([10.0, 20.0]), sizes)
+    full = rng.poisson(COUNTS.sum(axis=0), size=(400_000, 4))
+    is_silent = rng.binomial(full, 0.25) == 0
+    found = given_silent(depth, sizes, kept_fraction=0.25)
+    for gene in range(4):
+        left = full[is_silent[:, gene], gene]
+        assert found.probability[0, gene] == pytest.approx((left > 0).mean(), abs=0.005)
+        assert found.expected[0, gene] == pytest.approx(np.log1p(1e4 * left / 30).mean(), rel=0.04)
+    np.testing.assert_allclose(given_silent(depth, sizes, kept_fraction=0.0).expected, depth.expected)
 
 
 def test_neighbours_are_those_of_the_visible_genes(adata):

@@ -375,6 +375,8 @@ def test_refused_columns_and_labels(screen, model, tokenizer):
     with pytest.raises(ValueError, match=r"holds no control \(control_label='NT'\). Labels: 'GENE1', "):
         finetune(perturbed, model, tokenizer, control_label="NT")
     controls = screen[screen.obs["perturbation"].isin(["control"])]
+    with pytest.raises(ValueError, match=r"holds no control \(control_label='NT'\). .*'control'"):
+        finetune(screen, model, tokenizer, control_label="NT")  # though there are cells called "control"
     with pytest.raises(ValueError, match=r"holds controls only"):
         finetune(controls, model, tokenizer)
 
@@ -403,6 +405,17 @@ def test_refused_targets(screen, model, tokenizer):
 def test_refused_questions(screen, model, tokenizer, names):
     with pytest.raises(ValueError, match="at least one perturbation, each once and none the control"):
         predict(screen[:5], model, tokenizer, perturbations=names)
+
+
+def test_refused_lists(screen, model, tokenizer):
+    with pytest.raises(TypeError, match="perturbations must be a list of names, got the text 'GENE1'"):
+        predict(screen[:5], model, tokenizer, perturbations="GENE1")
+    with pytest.raises(ValueError, match="No genes are named"):
+        predict(screen[:5], model, tokenizer, genes=[])
+    with pytest.raises(ValueError, match="Two genes are the same gene: 'GENE1', 'GENE1'"):
+        predict(screen[:5], model, tokenizer, genes=["GENE1", "GENE1"])
+    with pytest.raises(TypeError, match="match_keys must be a list of columns, got the text 'batch'"):
+        PerturbationSettings(match_keys="batch")
 
 
 def test_refused_models_and_paths(screen, model, tokenizer, fresh_tiny_model):

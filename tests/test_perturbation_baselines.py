@@ -14,6 +14,7 @@ from modeling_scdiva.metrics.perturbation_baselines import (
     control_matched_mean,
     gene_factors,
     linear_model,
+    matching_mean,
     no_change,
     perturbed_mean,
     split_half_deltas,
@@ -32,6 +33,8 @@ def test_simple_baselines_by_hand():
     singles = {"A": training[0], "B": training[1]}
     found = additive(singles, [("A", "B"), ("A", "C"), ("C",)], fallback=np.array([9.0, 9.0]))
     np.testing.assert_array_equal(found, [[4.0, 2.0], [10.0, 9.0], [9.0, 9.0]])
+    found = matching_mean(singles, [("A", "B"), ("A", "C"), ("C",)], fallback=np.array([9.0, 9.0]))
+    np.testing.assert_array_equal(found, [[2.0, 1.0], [5.0, 4.5], [9.0, 9.0]])
 
 
 def test_control_matched_mean_follows_the_groups():

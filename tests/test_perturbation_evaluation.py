@@ -83,7 +83,9 @@ def test_no_target_of_the_test_side_is_seen(cells):
         train, test = set(cells.perturbations[fold.train]), set(cells.perturbations[fold.test])
         held = set(fold.name.split(", "))
         assert not any(held & set(split_perturbation(name)) for name in train)
-        assert all(held & set(split_perturbation(name)) for name in test - {CONTROL})
+        single = {name for name in test - {CONTROL} if "+" not in name}
+        assert all(held & set(split_perturbation(name)) for name in single)
+        assert not test & train - {CONTROL}
         assert not set(fold.train) & set(fold.test)
         assert CONTROL in train & test
         assert sorted([*fold.train, *fold.test]) == rows.tolist()
@@ -91,6 +93,24 @@ def test_no_target_of_the_test_side_is_seen(cells):
         assert set(groups) == set(cells.groups)
         tested += sorted(test - {CONTROL})
     assert set(tested) == {"GENE1", "GENE2", "GENE3", "GENE4", "GENE1+GENE2"}
+
+
+def test_combinations_are_told_apart_by_the_targets_seen(cells, tokenizer):
+    """Each pair: in the folds of its targets, and once in a fold that holds neither."""
+    rows = np.arange(len(cells.perturbations))
+    found = []
+    for fold in leave_targets_out(cells, rows, n_folds=4, seed=0):
+        data = fold_data(cells, fold, tokenizer)
+        held = fold.name
+        for name, n_seen in zip(data.truth.names, data.n_seen, strict=True):
+            found.append((name, n_seen, held in name))
+    assert sorted(found) == [
+        *[(name, "0/1", True) for name in ("GENE1",)],
+        ("GENE1+GENE2", "1/2", True),
+        ("GENE1+GENE2", "1/2", True),
+        ("GENE1+GENE2", "2/2", False),
+        *[(name, "0/1", True) for name in ("GENE2", "GENE3", "GENE4")],
+    ]
 
 
 def test_levels_are_left_out_with_their_controls(screen, cells):
@@ -155,8 +175,9 @@ def test_controls_follow_the_groups(cells, tokenizer):
 
 def check(result, methods):
     rows = [*result["numbers"], *result["baselines"]]
-    assert [row["method"] for row in result["numbers"]] == [MODEL]
+    assert {row["method"] for row in result["numbers"]} == {MODEL}
     assert {row["method"] for row in rows} >= methods
+    rows = [row for row in rows if "seen" not in row["data"]]
     assert all(set(row) >= {"data", "method", "pearson_delta", "weighted_squared_error"} for row in rows)
     nothing = next(row for row in rows if row["method"] == "no change")
     assert nothing["pearson_delta"] == -1.0
@@ -175,42 +196,57 @@ def test_targets_left_out(screen, fresh_tiny_model, tokenizer):
         screen,
         model=model,
         tokenizer=tokenizer,
-        protocol=PerturbationProtocol(n_folds=2, seeds=(0, 1), n_control_cells=16, n_splits=2),
+        protocol=PerturbationProtocol(n_folds=4, seeds=(0, 1), n_control_cells=16, n_splits=2),
         settings=PerturbationSettings(match_keys=["donor_id"], max_cells=10),
         **QUICK,
     )
-    rows = check(result, {RANDOM_WEIGHTS, REFERENCE, "additive", "linear on scDiVa genes", CEILING})
+    methods = {RANDOM_WEIGHTS, REFERENCE, "additive", "matching mean", "linear on scDiVa genes", CEILING}
+    rows = check(result, methods)
     assert rows[MODEL]["n_seeds"] == 2
+    assert len({row["n_units"] for row in rows.values()}) == 1  # every method in every fold
+    assert {rows[method]["n_degenerate"] for method in ("no change", MODEL)} == {rows[MODEL]["n_units"], 0}
+    groups = {row["data"].partition(": ")[2] for row in result["baselines"]}
+    assert groups >= {"", "0/1 targets seen", "2/2 targets seen"}
+    # GENE3 or GENE4 is alone in its fold and has none; the others still count.
     assert rows[REFERENCE]["discrimination"] == pytest.approx(0.5)
     assert rows[CEILING]["pearson_delta"] > rows[REFERENCE]["pearson_delta"]
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
     intervals = result["details"]["intervals"]
     assert intervals[MODEL]["pearson_delta"]["low"] <= intervals[MODEL]["pearson_delta"]["high"]
-    assert intervals["additive"]["pearson_delta"]["difference"] == pytest.approx(
-        intervals["additive"]["pearson_delta"]["mean"] - intervals[REFERENCE]["pearson_delta"]["mean"]
-    )
+    means = {
+        method: intervals[method]["pearson_delta"]["mean"] for method in ("additive", REFERENCE, CEILING)
+    }
+    found = intervals["additive"]["pearson_delta"]
+    assert found["difference"] == pytest.approx(means["additive"] - means[REFERENCE])
+    assert found["scaled"] == pytest.approx(found["difference"] / (means[CEILING] - means[REFERENCE]))
 
 
 def test_cell_types_left_out(screen, fresh_tiny_model, tokenizer):
     stimulated = screen[screen.obs["perturbation"].isin(["control", "GENE1"])].copy()
     stimulated.obs["perturbation"] = stimulated.obs["perturbation"].astype(str).replace("GENE1", "IFN")
     keep = ~((stimulated.obs["cell_type"] == "type_3") & (np.arange(stimulated.n_obs) > 40))
-    result = evaluate_perturbation(
-        stimulated[keep.to_numpy()],
-        model=fresh_tiny_model(),
-        tokenizer=tokenizer,
-        protocol=PerturbationProtocol(
-            holdout_key="cell_type", seeds=(0,), min_cells=8, n_splits=2, with_random_weights=False
-        ),
-        settings=PerturbationSettings(
-            match_keys=["cell_type"], perturbation_genes={"IFN": ["GENE1"]}, max_cells=10, min_cells=5
-        ),
-        **QUICK,
-    )
+
+    def evaluate(*match_keys):
+        return evaluate_perturbation(
+            stimulated[keep.to_numpy()],
+            model=fresh_tiny_model(),
+            tokenizer=tokenizer,
+            protocol=PerturbationProtocol(
+                holdout_key="cell_type", seeds=(0,), min_cells=8, n_splits=2, with_random_weights=False
+            ),
+            settings=PerturbationSettings(
+                match_keys=match_keys, perturbation_genes={"IFN": ["GENE1"]}, max_cells=10, min_cells=5
+            ),
+            **QUICK,
+        )
+
+    result = evaluate()
     rows = check(result, {REFERENCE, "control-matched mean", "linear on control profile", CEILING})
     assert result["details"]["units"] == [f"IFN in type_{i}" for i in range(3)]
     assert "IFN type_3" in result["note"]
     assert rows[MODEL]["n_units"] == 3
+    # The levels that are left out are matched by, named as a match key or not.
+    assert evaluate("cell_type")["baselines"] == result["baselines"]
 
 
 def test_unknown_targets_are_listed(tokenizer):

@@ -48,6 +48,19 @@ def test_clamp(monkeypatch, capsys):
     assert table["p_value"].dropna().between(0.25, 1).all()
 
 
+def test_what_is_missing_is_told(monkeypatch):
+    cells = synthetic_cells(n_cells=20, n_genes=60)
+    cells.obs["perturbation"] = np.resize(["NT", "GENE1"], 20)
+    cells.write_h5ad("screen.h5ad")
+    script, words = "examples/predict_perturbation.py", ("--data", "screen.h5ad")
+    with pytest.raises(
+        KeyError, match=r"no column 'guide' .* Columns: 'cell_type', 'donor_id', 'perturbation'"
+    ):
+        run(monkeypatch, script, *words, "--perturbation_key", "guide")
+    with pytest.raises(SystemExit, match=r"No cell is labelled 'control', but \['GENE1', 'NT'\]"):
+        run(monkeypatch, script, *words, "--mode", "clamp")
+
+
 def test_benchmark(monkeypatch, capsys, fresh_tiny_model, tokenizer):
     fresh_tiny_model().save_pretrained("model")
     tokenizer.save_pretrained("model")

@@ -13,7 +13,7 @@ import anndata
 import numpy as np
 import pytest
 
-from modeling_scdiva.evaluation.reconstruction import fit_baselines, masked_scores
+from modeling_scdiva.evaluation.reconstruction import evaluate_reconstruction, fit_baselines, masked_scores
 from modeling_scdiva.metrics.reconstruction_baselines import molecule_value
 from modeling_scdiva.tasks.cells import read_cells
 from tokenization_scdiva import GeneVocabulary, ScDivaTokenizer, synthetic_cells
@@ -59,6 +59,24 @@ def test_example_of_reconstruction(run, checkpoint, cell_file, tmp_path, capsys)
     )  # fmt: skip
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("Gene loss with 50 % hidden: ")
     assert (tmp_path / "second_gene_loss.png").stat().st_size > 5_000
+
+
+def test_random_gene_order_has_no_lattice(fresh_tiny_model, tokenizer):
+    other = ScDivaTokenizer(
+        vocabulary=tokenizer.vocabulary, max_genes=tokenizer.max_genes, gene_order="random"
+    )
+    result = evaluate_reconstruction(
+        synthetic_cells(n_cells=30, n_genes=120, seed=4),
+        model=fresh_tiny_model(),
+        tokenizer=other,
+        mask_ratios=(0.5,),
+        seeds=(0,),
+        max_test_cells=4,
+    )
+    assert {"unigram", "rank unigram"} <= set(result["details"]["gene_loss"])
+    assert not [row for row in result["baselines"] if row["method"].startswith("lattice")]
+    with pytest.raises(TypeError, match="got a path"):
+        evaluate_reconstruction("cells.h5ad", model=fresh_tiny_model(), tokenizer=other)
 
 
 def test_example_of_imputation(run, checkpoint, tmp_path, capsys):

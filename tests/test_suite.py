@@ -6,6 +6,7 @@ Needs no data. Run: pytest -m "" tests/test_suite.py
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,27 @@ def test_one_task_is_a_result_with_figures(fresh_tiny_model, tokenizer):
     )
     assert all(row["data"].startswith("made up") for row in [*result["numbers"], *result["baselines"]])
     assert figures
+
+
+def test_targets_that_the_vocabulary_lacks_are_counted(fresh_tiny_model, tokenizer):
+    cells = synthetic_cells(n_cells=160, n_genes=120, seed=1)
+    cells.obs["guide"] = np.resize(["NT", "GENE1", "GENE2", "GENE3", "JAK2", "NT", "IFN", "NT"], 160)
+    settings = SuiteSettings(
+        perturbation_key="guide",
+        control_label="NT",
+        match_keys=["donor_id"],
+        perturbation_genes={"IFN": ["GENE9"]},
+        seeds=(0,),
+        n_epochs=1,
+    )
+    result, _ = evaluate_task(
+        "perturbation", cells, model=fresh_tiny_model(), tokenizer=tokenizer, settings=settings
+    )
+    assert "1 perturbations have no target in the vocabulary" in result["note"]
+    assert result["numbers"][0]["n_units"] == 5
+    wrong = replace(settings, perturbation_key="guides")
+    with pytest.raises(KeyError, match=r"no column 'guides' .* Columns: .*'guide'"):
+        evaluate_task("perturbation", cells, model=None, tokenizer=tokenizer, settings=wrong)
 
 
 def test_figures_of_annotation_show_scdiva_first_and_all_curves():

@@ -47,6 +47,7 @@ from modeling_scdiva.tasks.genes import gene_name
 
 TF_NAMES, TARGET_NAMES = ("tf", "source", "regulator"), ("target", "target_gene", "gene")
 SIGN_NAMES = ("sign", "mor", "mode", "effect")
+SIGN_OF_WORD = {"activation": 1, "repression": -1, "unknown": 0, "none": 0, "<na>": 0}
 PEARSON, MODEL = "|Pearson|", "scDiVa"
 MIN_TFS_FOR_INTERVAL = 3
 COLUMNS = (
@@ -83,7 +84,8 @@ def read_reference_network(path: str | Path, *, confidences: Sequence[str] | Non
         confidences: Classes of confidence to keep, such as A, B and C of DoRothEA; default all.
 
     Returns:
-        Columns ``tf``, ``target`` and ``sign`` (+1, -1, 0 unknown), one row per edge of the file.
+        Columns ``tf``, ``target`` and ``sign`` (+1, -1, 0 unknown), one row per edge of the file; the words
+        Activation and Repression are read as signs.
 
     Raises:
         KeyError: If a column is missing.
@@ -107,7 +109,7 @@ def read_reference_network(path: str | Path, *, confidences: Sequence[str] | Non
             raise KeyError(msg)
         chosen[wanted] = 0 if found is None else table[found]
     edges = pd.DataFrame(chosen)
-    edges["sign"] = np.sign(edges["sign"].fillna(0)).astype(int)
+    edges["sign"] = [_sign(entry, path.name) for entry in edges["sign"]]
     if confidences is not None:
         if "confidence" not in names:
             msg = f"{path.name} has no column 'confidence'. Columns: {shown(table.columns)}."
@@ -119,6 +121,19 @@ def read_reference_network(path: str | Path, *, confidences: Sequence[str] | Non
             msg = f"{path.name} has no edge of confidence {list(confidences)}, only {found}."
             raise ValueError(msg)
     return edges.dropna().reset_index(drop=True)
+
+
+def _sign(entry: Any, file_name: str) -> int:
+    """Read one sign: a number, a word of TRRUST, or nothing; any other word is a ``ValueError``."""
+    word = str(entry).strip().lower()
+    if word in SIGN_OF_WORD:
+        return SIGN_OF_WORD[word]
+    try:
+        number = float(word)
+    except ValueError:
+        msg = f"{file_name}: a sign is a number or one of {', '.join(SIGN_OF_WORD)}, got {entry!r}."
+        raise ValueError(msg) from None
+    return 0 if np.isnan(number) else int(np.sign(number))
 
 
 def evaluate_gene_network(

@@ -2,6 +2,9 @@
 
 Notable choices:
 - A perturbation (or a left-out level) is one unit: scores are means over units, intervals resample units.
+- Where there are combinations, rows of their own tell how many of the targets occur in training: 0/1 for
+  single ones; 0/2, 1/2 and 2/2 for pairs. A combination counts each time it is tested; intervals average its
+  tests of one group first.
 - The same network with random weights, fine-tuned alike, is a baseline; the difference is what pretraining
   gives.
 - The ceiling is one half of the real cells predicting the other. It is scored against half of the cells, so
@@ -33,6 +36,7 @@ from modeling_scdiva.finetuning import FinetuningArguments
 from modeling_scdiva.metrics.intervals import bootstrap_interval, paired_bootstrap_difference
 from modeling_scdiva.metrics.perturbation import (
     energy_distance,
+    is_degenerate,
     mean_scores,
     perturbation_discrimination,
     perturbation_scores,
@@ -66,7 +70,7 @@ MODEL, RANDOM_WEIGHTS, REFERENCE = (
 COLUMNS = (
     "data", "method", "pearson_delta", "pearson_delta_centroid", "pearson_delta_top20",
     "mean_squared_top20_error", "weighted_squared_error", "de_auprc", "lfc_spearman", "hit_rate_20",
-    "discrimination", "energy_distance", "n_units", "n_seeds",
+    "discrimination", "energy_distance", "n_degenerate", "n_units", "n_seeds",
 )  # fmt: skip
 HEADLINES = ("pearson_delta", "pearson_delta_centroid", "weighted_squared_error", "discrimination")
 
@@ -106,6 +110,7 @@ class _Scores:
     """Scores of one method in one seed, unit by unit, and what cross-fold scores need."""
 
     units: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     predicted: list[np.ndarray] = field(default_factory=list)
     true: list[np.ndarray] = field(default_factory=list)
@@ -133,7 +138,8 @@ def evaluate_perturbation(
         tokenizer: The tokenizer of this model.
         perturbation_key: Column of ``obs`` that names the perturbation of each cell.
         protocol: How to split and score.
-        settings: What is learned, as in `finetune_perturbation`.
+        settings: What is learned, as in `finetune_perturbation`. A column whose levels are left out is
+            matched by, too.
         arguments: Numbers of a fine-tuning run; its seed gives way to that of the protocol.
         accelerator: Where it runs.
         **reading: How to read the AnnData, as in `ScDivaTokenizer.iter_cells`.
@@ -147,6 +153,11 @@ def evaluate_perturbation(
     protocol = PerturbationProtocol() if protocol is None else protocol
     settings = PerturbationSettings() if settings is None else settings
     arguments = FinetuningArguments(learning_rate=1e-4) if arguments is None else arguments
+    levels = None
+    if protocol.holdout_key is not None:
+        levels = obs_column(adata, protocol.holdout_key, what="levels that are left out")
+        keys = tuple(dict.fromkeys((*settings.match_keys, protocol.holdout_key)))
+        settings = replace(settings, validation_unit="group", match_keys=keys)
     cells = read_perturbed_cells(
         adata,
         tokenizer=tokenizer,
@@ -155,10 +166,6 @@ def evaluate_perturbation(
         match_keys=settings.match_keys,
         **reading,
     )
-    levels = None
-    if protocol.holdout_key is not None:
-        levels = obs_column(adata, protocol.holdout_key, what="levels that are left out")
-        settings = replace(settings, validation_unit="group")
     rows, left_out = _enough_cells(cells, levels, protocol.min_cells)
     names = sorted(set(cells.perturbations[rows]) - {CONTROL})
     targets = target_tokens(
@@ -185,7 +192,8 @@ def evaluate_perturbation(
                 )
                 _add_model(run[method], fit.model, data, protocol, seed)
         for method, scores in run.items():
-            _score_across_folds(scores, is_needed=levels is not None and method != CEILING)
+            if levels is not None and method != CEILING:
+                _score_across_folds(scores)
             runs[method].append(scores)
     return _result(runs, protocol, left_out, n_without_target=sum(len(targets[name]) == 0 for name in names))
 
@@ -238,7 +246,7 @@ def _add_baselines(
         halves.append(_scored(data, one, other))
     means = {name: np.mean([half[name] for half in halves], axis=0) for name in halves[0]}
     ceiling = run[CEILING]
-    ceiling.units += _unit_names(data)
+    _add_units(ceiling, data)
     for name, values in means.items():
         ceiling.values[name] += values.tolist()
 
@@ -274,28 +282,40 @@ def _named(data: FoldData, deltas: np.ndarray) -> Iterator[tuple[str, np.ndarray
     return zip(data.truth.names, deltas, strict=True)
 
 
-def _unit_names(data: FoldData) -> list[str]:
-    if data.fold.holdout is None:
-        return list(data.truth.names)
-    return [f"{name} in {data.fold.name}" for name in data.truth.names]
+def _add_units(scores: _Scores, data: FoldData) -> None:
+    names = data.truth.names
+    if data.fold.holdout is not None:
+        scores.units += [f"{name} in {data.fold.name}" for name in names]
+        scores.groups += [""] * len(names)
+        return
+    scores.groups += data.n_seen
+    scores.units += [
+        name if group == "0/1" else f"{name} ({group} seen)"
+        for name, group in zip(names, data.n_seen, strict=True)
+    ]
 
 
 def _scored(data: FoldData, predicted: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
-    return perturbation_scores(
-        predicted,
-        true,
-        de_scores=np.abs(data.truth.t),
-        is_de=data.truth.is_de,
-        training_mean=data.training_mean,
-        gene_weights=data.weights,
-        is_target=None if data.is_target.all() else data.is_target,
+    without = {"discrimination": np.full(len(true), np.nan)}  # where a single perturbation is tested
+    return (
+        without
+        | perturbation_scores(
+            predicted,
+            true,
+            de_scores=np.abs(data.truth.t),
+            is_de=data.truth.is_de,
+            training_mean=data.training_mean,
+            gene_weights=data.weights,
+            is_target=None if data.is_target.all() else data.is_target,
+        )
+        | {"is_degenerate": is_degenerate(predicted).astype(float)}
     )
 
 
 def _add(
     scores: _Scores, data: FoldData, predicted: np.ndarray, true: np.ndarray, *, energy: list[float]
 ) -> None:
-    scores.units += _unit_names(data)
+    _add_units(scores, data)
     for name, values in _scored(data, predicted, true).items():
         scores.values[name] += values.tolist()
     scores.values["energy_distance"] += energy
@@ -306,14 +326,11 @@ def _add(
         scores.true.append(full[1])
 
 
-def _score_across_folds(scores: _Scores, *, is_needed: bool) -> None:
+def _score_across_folds(scores: _Scores) -> None:
     """Let levels that were left out one by one compete with each other, on the genes of all panels."""
-    n_units = len(scores.units)
-    if is_needed and n_units > 1:
+    if len(scores.units) > 1:
         predicted, true = _common_genes(scores)
         scores.values["discrimination"] = perturbation_discrimination(predicted, true).tolist()
-    for name in [name for name, values in scores.values.items() if len(values) != n_units]:
-        del scores.values[name]  # a fold with one perturbation has no discrimination score
 
 
 def _common_genes(scores: _Scores) -> tuple[np.ndarray, np.ndarray]:
@@ -333,24 +350,21 @@ def _result(
 ) -> dict[str, Any]:
     unit = "targets" if protocol.holdout_key is None else f"each {protocol.holdout_key}"
     data = f"{protocol.data_name}, leave {unit} out"
-    rows = {}
-    for method, of_seeds in runs.items():
-        numbers = []
-        for scores in of_seeds:
-            means = mean_scores({name: np.array(values) for name, values in scores.values.items()})
-            numbers.append(
-                {name: means.get(name) for name in COLUMNS[2:-2]}
-                | {name: value for name, value in means.items() if name not in COLUMNS}
-                | {"n_units": len(scores.units)}
-            )
-        rows[method] = {"data": data, "method": method} | summarise(numbers)
+    groups = sorted({group for of_seeds in runs.values() for scores in of_seeds for group in scores.groups})
+    rows = []
+    for group in [None, *groups] if len(groups) > 1 else [None]:
+        what = data if group is None else f"{data}: {group} targets seen"
+        for method, of_seeds in runs.items():
+            # A deal without units of the group has no numbers of it.
+            numbers = [_row_numbers(run, group) for run in of_seeds if group is None or group in run.groups]
+            rows.append({"data": what, "method": method} | summarise(numbers))
     per_unit = {method: _by_unit(of_seeds) for method, of_seeds in runs.items()}
     first = runs[MODEL][0]
     predicted, true = _common_genes(first)
     return {
         "title": "Perturbation response",
-        "numbers": [rows[MODEL]],
-        "baselines": [row for method, row in rows.items() if method != MODEL],
+        "numbers": [row for row in rows if row["method"] == MODEL],
+        "baselines": [row for row in rows if row["method"] != MODEL],
         "columns": list(COLUMNS),
         "note": _note(protocol, left_out, n_without_target),
         "details": {
@@ -364,32 +378,49 @@ def _result(
     }
 
 
+def _row_numbers(scores: _Scores, group: str | None) -> dict[str, Any]:
+    """Average one seed over its tests, or over those of one group."""
+    is_chosen = np.array([group in (None, own) for own in scores.groups])
+    values = {name: np.array(of_tests)[is_chosen] for name, of_tests in scores.values.items()}
+    counts = {
+        "n_degenerate": round(float(values.pop("is_degenerate").sum())),
+        "n_without_de": int(np.isnan(values["de_auprc"]).sum()),
+        "n_units": int(is_chosen.sum()),
+    }
+    return dict.fromkeys(COLUMNS[2:-3]) | mean_scores(values) | counts
+
+
 def _by_unit(of_seeds: Sequence[_Scores]) -> dict[str, dict[str, float]]:
-    """Average each score of each unit over seeds: score -> unit -> value."""
+    """Average each score of each unit over folds and seeds that have it: score -> unit -> value."""
     collected: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for scores in of_seeds:
         for name, values in scores.values.items():
             for unit, value in zip(scores.units, values, strict=True):
-                collected[name][unit].append(value)
+                collected[name][unit] += [] if np.isnan(value) else [value]
     return {
-        name: {unit: float(np.mean(values)) for unit, values in units.items()}
+        name: {unit: float(np.mean(values)) if values else float("nan") for unit, values in units.items()}
         for name, units in collected.items()
     }
 
 
 def _intervals(per_unit: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """Bound the headline scores over units, and their differences to the perturbed mean."""
+    """Bound headline scores over their units; ``scaled`` is 0 for the perturbed mean, 1 for the ceiling."""
     found: dict[str, Any] = {}
     for method, scores in per_unit.items():
         for name in HEADLINES:
-            values = np.array(list(scores.get(name, {}).values()))
-            if len(values) < 2 or not np.isfinite(values).all():
+            of_units = {unit: value for unit, value in scores[name].items() if np.isfinite(value)}
+            if len(of_units) < 2:
                 continue
+            values = np.array(list(of_units.values()))
             low, high = bootstrap_interval(values)
             entry = {"mean": float(values.mean()), "low": low, "high": high, "n_units": len(values)}
-            reference = per_unit[REFERENCE].get(name)
-            if reference and method not in (REFERENCE, CEILING):
-                entry |= paired_bootstrap_difference(values, [reference[unit] for unit in scores[name]])
+            reference, ceiling = (
+                np.array([per_unit[other][name][unit] for unit in of_units]) for other in (REFERENCE, CEILING)
+            )
+            if method not in (REFERENCE, CEILING):
+                entry |= paired_bootstrap_difference(values, reference)
+                span = float(ceiling.mean() - reference.mean())
+                entry["scaled"] = entry["difference"] / span if span else float("nan")
             found.setdefault(method, {})[name] = entry
     return found
 
@@ -397,8 +428,10 @@ def _intervals(per_unit: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dic
 def _note(protocol: PerturbationProtocol, left_out: Mapping[str, int], n_without_target: int) -> str:
     parts = [
         "Changes of mean log1p CP10k against real held-out controls; mean over units, spread over seeds. A "
-        "constant prediction has correlation -1; discrimination 0.5 is no information. The ceiling is scored "
-        "on half of the cells.",
+        "constant prediction has correlation -1 (n_degenerate of them). Centroid: after the training mean is "
+        "taken away, which leaves nothing of the perturbed mean (-1), and of no change that mean with its "
+        "noise. Discrimination: 0.5 is no information, a fold with one perturbation has none. The ceiling is "
+        "scored on half of the cells.",
     ]
     if left_out:
         parts.append(f"Left out with fewer than {protocol.min_cells} cells: {', '.join(left_out)}.")

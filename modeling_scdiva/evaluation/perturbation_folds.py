@@ -3,7 +3,8 @@
 Notable choices:
 - Leaving targets out splits the controls too: training and test changes are taken against other controls, so
   the noise of the control mean is not shared between truth and prediction.
-- A perturbation is tested where any of its targets is held out; none of its cells trains there.
+- A perturbation is tested where any of its targets is held out; none of its cells trains there. Combinations
+  are tested once more in a fold that holds none of their targets, if there is one: with all targets seen.
 - The panel, factors, weights and principal components come from training cells.
 
 Dimensions: N cells, P test perturbations, G genes of the panel.
@@ -59,7 +60,7 @@ def leave_targets_out(cells: PerturbedCells, rows: np.ndarray, *, n_folds: int, 
         seed: Of the deal and of the halves of the controls.
 
     Yields:
-        One fold per part.
+        One fold per part of the targets.
 
     Raises:
         ValueError: If there are fewer targets than folds, or one fold only.
@@ -78,14 +79,28 @@ def leave_targets_out(cells: PerturbedCells, rows: np.ndarray, *, n_folds: int, 
         controls = rng.permutation(rows[cells.is_control[rows] & (cells.groups[rows] == group)])
         is_test_control[controls[: len(controls) // 2]] = True
     is_control = cells.is_control[rows]
-    for held in np.array_split(rng.permutation(targets), n_folds):
-        tested = [name for name in names if set(parts[name]) & set(held)]
+    of_folds = [set(held.tolist()) for held in np.array_split(rng.permutation(targets), n_folds)]
+    for held, dealt in zip(of_folds, _deal_combinations(parts, of_folds, seed), strict=True):
+        tested = [name for name in names if set(parts[name]) & held or name in dealt]
         is_tested = np.isin(cells.perturbations[rows], tested)
         yield Fold(
             train=rows[~is_tested & ~(is_control & is_test_control[rows])],
             test=rows[is_tested | (is_control & is_test_control[rows])],
             name=", ".join(sorted(held)),
         )
+
+
+def _deal_combinations(
+    parts: Mapping[str, Sequence[str]], of_folds: Sequence[set[str]], seed: int
+) -> list[set[str]]:
+    """Deal each combination to one of the folds that hold none of its targets, evenly."""
+    rng = np.random.default_rng((seed, 14))
+    dealt: list[set[str]] = [set() for _ in of_folds]
+    for name in rng.permutation([name for name, targets in parts.items() if len(targets) > 1]).tolist():
+        free = [fold for fold, held in enumerate(of_folds) if not held & set(parts[name])]
+        if free:
+            dealt[min(free, key=lambda fold: len(dealt[fold]))].add(name)
+    return dealt
 
 
 def leave_levels_out(cells: PerturbedCells, rows: np.ndarray, *, levels: np.ndarray) -> Iterator[Fold]:
@@ -138,6 +153,10 @@ class FoldData:
         self.weights = gene_weights(self.pooled)
         all_targets = np.concatenate([targets[name] for name in self.truth.names + self.pooled.names])
         self.is_target = np.isin(gene_ids, all_targets)
+        seen = {part for name in self.pooled.names for part in split_perturbation(name)}
+        parts = [split_perturbation(name) for name in self.truth.names]
+        # "1/2": of two targets one occurs in a training perturbation.
+        self.n_seen = [f"{len(seen & set(targets))}/{len(targets)}" for targets in parts]
 
     @cached_property
     def training(self) -> list[tuple[str, str, Effects]]:
@@ -176,9 +195,11 @@ class FoldData:
         if self.fold.holdout is not None:
             return found | {"linear on control profile": self._linear_on_controls()}
         parts = [split_perturbation(name) for name in self.truth.names]
-        if any(len(targets) > 1 for targets in parts):
+        # Of every fold if of any: all rows of the table are over the same units.
+        if any(len(split_perturbation(name)) > 1 for name in self.truth.names + self.pooled.names):
             singles = dict(zip(self.pooled.names, self.pooled.deltas, strict=True))
             found["additive"] = baselines.additive(singles, parts, fallback=self.training_mean)
+            found["matching mean"] = baselines.matching_mean(singles, parts, fallback=self.training_mean)
         responses = baselines.gene_factors(self.training_deltas)
         found["linear on gene PCA"] = self._linear_on_targets(responses, self.gene_ids)
         embeddings = self.gene_embeddings - self.gene_embeddings[self.gene_ids].mean(axis=0)

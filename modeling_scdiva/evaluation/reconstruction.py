@@ -27,7 +27,13 @@ from modeling_scdiva.metrics.reconstruction import (
     score_gene_laws,
 )
 from modeling_scdiva.metrics.reconstruction_baselines import iter_gene_laws, value_predictions
-from modeling_scdiva.tasks.cells import TokenizedCells, check_vocabulary, obs_column, read_cells
+from modeling_scdiva.tasks.cells import (
+    TokenizedCells,
+    check_vocabulary,
+    obs_column,
+    read_cells,
+    refuse_path,
+)
 from modeling_scdiva.tasks.reconstruction import (
     check_diffusion_model,
     copy_accuracy,
@@ -141,6 +147,7 @@ def evaluate_reconstruction(
     Raises:
         ValueError: If there is no seed.
     """
+    refuse_path(adata)
     check_diffusion_model(model)
     check_vocabulary(model, tokenizer)
     if not len(seeds):
@@ -156,7 +163,14 @@ def evaluate_reconstruction(
         models = {MODEL: model, RANDOM_MODEL: random_weights(model, seed=seed)}
         for ratio in mask_ratios:
             data = f"{name}, {100 * ratio:g} % hidden"
-            found = masked_scores(cells, models, baselines=baselines, mask_ratio=ratio, seed=seed)
+            found = masked_scores(
+                cells,
+                models,
+                baselines=baselines,
+                mask_ratio=ratio,
+                seed=seed,
+                with_lattice=tokenizer.gene_order != "random",
+            )
             for method, scores in found.items():
                 runs.setdefault((data, method), []).append(scores)
         data = f"{name}, clean input, legacy copy test"
@@ -204,6 +218,7 @@ def masked_scores(
     baselines: DenoisingBaselines,
     mask_ratio: float,
     seed: int,
+    with_lattice: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Score models and baselines on the same hidden genes.
 
@@ -213,6 +228,7 @@ def masked_scores(
         baselines: Fitted on other cells.
         mask_ratio: Share of a cell's genes that is hidden.
         seed: Of the draws.
+        with_lattice: Score the lattice laws; they need cells in ranking order.
 
     Returns:
         Method -> means over cells: gene scores, value scores, or both.
@@ -228,7 +244,7 @@ def masked_scores(
                 leaked = {"visible_copy_accuracy": float(leak)} if np.isfinite(leak) else {}
                 of_cells[method].append(entry_scores(entry) | leaked)
         labels = batch["labels"].numpy()
-        for cell, law_name, law in iter_gene_laws(batch, baselines):
+        for cell, law_name, law in iter_gene_laws(batch, baselines, with_lattice=with_lattice):
             genes = labels[cell][labels[cell] >= 0]
             with np.errstate(divide="ignore"):
                 scores = cell_gene_scores(score_gene_laws(np.log(law), genes), genes)

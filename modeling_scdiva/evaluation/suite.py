@@ -6,7 +6,7 @@ Notable choices:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,11 @@ from modeling_scdiva.evaluation.perturbation import PerturbationProtocol, evalua
 from modeling_scdiva.evaluation.reconstruction import evaluate_reconstruction, reconstruction_figures
 from modeling_scdiva.finetuning import FinetuningArguments
 from modeling_scdiva.metrics.calibration import reliability_curve
+from modeling_scdiva.tasks.cells import obs_column
 from modeling_scdiva.tasks.gene_network import NetworkSettings
 from modeling_scdiva.tasks.integration_network import IntegrationArguments
+from modeling_scdiva.tasks.perturbation_data import unknown_targets
+from modeling_scdiva.tasks.perturbation_training import PerturbationSettings
 
 ANNOTATION_METHODS = (
     "frozen", "lora", "random_frozen", "pca", "variable_genes", "celltypist", "depth", "majority",
@@ -51,6 +54,8 @@ class SuiteSettings:
         perturbation_key: Column with perturbations; perturbation needs it.
         control_label: Its entry for controls.
         holdout_key: Column whose levels are left out of the perturbation task; None leaves targets out.
+        match_keys: Columns that a perturbed cell and its controls share.
+        perturbation_genes: Part of a perturbation's name -> its targeted genes, where it is no gene itself.
         reference: Known edges with ``tf`` and ``target``; gene networks need it.
         seeds: One run each.
         n_epochs: Epochs of every fine-tuning.
@@ -65,6 +70,8 @@ class SuiteSettings:
     perturbation_key: str | None = None
     control_label: str = "control"
     holdout_key: str | None = None
+    match_keys: Sequence[str] = ()
+    perturbation_genes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     reference: pd.DataFrame | None = None
     seeds: Sequence[int] = (0, 1, 2)
     n_epochs: int = 10
@@ -238,6 +245,14 @@ def _imputation(adata: Any, models: dict[str, Any], settings: SuiteSettings) -> 
 
 
 def _perturbation(adata: Any, models: dict[str, Any], settings: SuiteSettings) -> dict[str, Any]:
+    # A target that the vocabulary lacks is a bare <pert>; the note of the result counts them.
+    unknown = unknown_targets(
+        obs_column(adata, str(settings.perturbation_key), what="perturbations").tolist(),
+        vocabulary=models["tokenizer"].vocabulary,
+        perturbation_genes=settings.perturbation_genes,
+        control_label=settings.control_label,
+    )
+    genes = {**settings.perturbation_genes, **{name: [] for name in unknown}}
     return evaluate_perturbation(
         adata,
         perturbation_key=str(settings.perturbation_key),
@@ -247,6 +262,7 @@ def _perturbation(adata: Any, models: dict[str, Any], settings: SuiteSettings) -
             holdout_key=settings.holdout_key,
             seeds=tuple(settings.seeds),
         ),
+        settings=PerturbationSettings(match_keys=settings.match_keys, perturbation_genes=genes),
         arguments=FinetuningArguments(learning_rate=1e-4, n_epochs=settings.n_epochs),
         **models,
     )

@@ -259,7 +259,7 @@ class DenoisingBaselines:
         """
         labels = batch["labels"].cpu()
         cells, positions = (labels != IGNORED_LABEL).nonzero(as_tuple=True)  # (n,) both
-        genes, bins = labels[cells, positions], self.gene_bins[self._ranks(positions)]
+        genes, bins = labels[cells, positions], self.gene_bins[self.ranks_of(positions)]
         n_cells, vocab_size = len(labels), len(self.ranking_weights)
         is_visible = visible_gene_mask(batch["input_ids"].cpu(), self.n_special_tokens, vocab_size)
         is_possible = (~is_visible).double()  # (B, V)
@@ -289,14 +289,14 @@ class DenoisingBaselines:
         inputs = {name: batch[name].cpu() for name in wanted}
         genes = torch.where(inputs["labels"] == IGNORED_LABEL, inputs["input_ids"], inputs["labels"])
         cells, positions = (inputs["is_masked"] & (genes >= self.n_special_tokens)).nonzero(as_tuple=True)
-        true_genes, ranks = genes[cells, positions], self._ranks(positions)
+        true_genes, ranks = genes[cells, positions], self.ranks_of(positions)
         scores = self.rank_score[ranks]  # (n,)
         gene_weights = self.ranking_weights[true_genes]
         predictions = {
             "rank_mean": self.rank_mean[ranks],
             "gene_mean": self.gene_mean[true_genes],
             "rank_score": scores * gene_weights,
-            "neighbour_score": scores * self._neighbour_ratio(batch, cells, ranks) * gene_weights,
+            "neighbour_score": scores * self.neighbour_ratio(batch, cells, ranks) * gene_weights,
         }
         targets = inputs["expression_labels"][cells, positions]
         return {
@@ -304,7 +304,18 @@ class DenoisingBaselines:
             for name, predicted in predictions.items()
         }
 
-    def _ranks(self, positions: torch.Tensor) -> torch.Tensor:
+    def ranks_of(self, positions: torch.Tensor) -> torch.Tensor:
+        """Turn positions into ranks.
+
+        Args:
+            positions: (n,) positions in the cell, from 1.
+
+        Returns:
+            (n,) ranks from 0.
+
+        Raises:
+            ValueError: If a rank lies beyond the cells the baselines were fitted on.
+        """
         ranks = positions - 1  # position 0 is <lat>
         if len(ranks) and ranks.max() >= len(self.gene_bins):
             msg = (
@@ -314,7 +325,7 @@ class DenoisingBaselines:
             raise ValueError(msg)
         return ranks
 
-    def _neighbour_ratio(
+    def neighbour_ratio(
         self, batch: Mapping[str, torch.Tensor], cells: torch.Tensor, ranks: torch.Tensor
     ) -> torch.Tensor:
         """Interpolate how far a cell's scores lie above the population's, between its visible genes.
@@ -335,7 +346,7 @@ class DenoisingBaselines:
             positions = is_visible[cell].nonzero().squeeze(1)
             if not len(positions):
                 continue
-            known_ranks = self._ranks(positions)
+            known_ranks = self.ranks_of(positions)
             visible_scores = values[cell, positions] / self.ranking_weights[input_ids[cell, positions]]
             log_ratio = (visible_scores / self.rank_score[known_ranks]).log()
             of_cell = cells == cell

@@ -119,6 +119,24 @@ def _of_share(share: np.ndarray, library_size: np.ndarray) -> Imputation:
     return Imputation(probability * value, probability)
 
 
+def given_silent(imputed: Imputation, library_size: np.ndarray, *, kept_fraction: float) -> Imputation:
+    """Tell a Poisson method that a gene showed no molecule in the share of the counts that was kept.
+
+    What was kept and what was not are independent then: only the latter can still hold a molecule.
+
+    Args:
+        imputed: Of `gene_mean_depth` or `scvi_imputation`, for full depth.
+        library_size: (N,) molecules at full depth.
+        kept_fraction: Share of the molecules in which the gene is silent, in [0, 1).
+
+    Returns:
+        Expected value and probability where a gene is silent.
+    """
+    mean_count = -np.log1p(-np.minimum(imputed.probability, 1.0 - 1e-15)) * (1.0 - kept_fraction)
+    sizes = np.maximum(np.asarray(library_size, dtype=np.float64)[:, None], 1.0)
+    return _of_share(mean_count / sizes, sizes[:, 0])
+
+
 def knn_smoothing(
     counts: Any,
     *,

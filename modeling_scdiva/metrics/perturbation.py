@@ -13,7 +13,8 @@ Notable choices:
 - Truth that cannot be scored (no gene responds) is left out of the two scores that need such genes, and
   counted.
 - `pearson_delta_centroid` takes the mean change of the training perturbations away first: what all
-  perturbations share earns nothing there.
+  perturbations share earns nothing there. Its noise stands on both sides then, so a prediction that leaves it
+  out, such as no change, may correlate without any skill.
 
 Dimensions: P perturbations (or other conditions), G genes, n and m cells, D width.
 Source: Vinas Torne et al. 2025 (Systema); cell-eval2, whose discrimination score is the same; scGPT and GEARS
@@ -31,8 +32,6 @@ N_TOP_GENES = 20
 FDR_LIMIT = 0.05
 # Variation over genes below this share of the largest change is rounding.
 ROUNDING = 1e-6
-# Larger is better, but for these endings.
-ERROR_ENDINGS = ("_error", "_distance")
 
 
 def score_perturbations(
@@ -74,7 +73,7 @@ def score_perturbations(
     return mean_scores(scores) | {
         "n_perturbations": len(true),
         "n_without_de": int((~np.asarray(is_de, dtype=bool).any(axis=1)).sum()),
-        "n_degenerate": int(_is_constant(np.asarray(predicted, dtype=np.float64)).sum()),
+        "n_degenerate": int(is_degenerate(predicted).sum()),
     }
 
 
@@ -150,6 +149,18 @@ def mean_scores(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
         known = values[~np.isnan(values)]
         means[name] = float(known.mean()) if len(known) else float("nan")
     return means
+
+
+def is_degenerate(predicted: np.ndarray) -> np.ndarray:
+    """Find predictions that do not vary over the genes, which have no correlation.
+
+    Args:
+        predicted: (P, G) predicted changes.
+
+    Returns:
+        (P,) bool.
+    """
+    return _is_constant(np.asarray(predicted, dtype=np.float64))
 
 
 def pearson_delta(

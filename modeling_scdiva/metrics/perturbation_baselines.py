@@ -90,6 +90,23 @@ def additive(
     )
 
 
+def matching_mean(
+    single_deltas: Mapping[str, np.ndarray], parts: Sequence[Sequence[str]], *, fallback: np.ndarray
+) -> np.ndarray:
+    """Predict a combination as the mean of the changes of its parts, which assumes that they saturate.
+
+    Args:
+        single_deltas: Target -> (G,) change of the single training perturbation.
+        parts: The targets of each perturbation to predict, one at least.
+        fallback: (G,) change taken for a part without a training perturbation, such as the mean.
+
+    Returns:
+        (Q, G) changes.
+    """
+    sums = additive(single_deltas, parts, fallback=fallback)
+    return sums / np.array([[len(targets)] for targets in parts])
+
+
 def gene_factors(training_deltas: np.ndarray, *, n_factors: int = N_FACTORS) -> np.ndarray:
     """Describe genes by how they respond: principal components over the training perturbations.
 

@@ -231,9 +231,9 @@ def value_predictions(
     genes = torch.where(labels == IGNORED_LABEL, input_ids, labels)
     is_hidden = batch["is_masked"].cpu() & (genes >= baselines.n_special_tokens)
     cells, positions = is_hidden.nonzero(as_tuple=True)  # (n,) both
-    true_genes, ranks = genes[cells, positions], baselines._ranks(positions)
+    true_genes, ranks = genes[cells, positions], baselines.ranks_of(positions)
     scored = baselines.rank_score[ranks] * baselines.ranking_weights[true_genes]
-    ratio = baselines._neighbour_ratio(batch, cells, ranks)
+    ratio = baselines.neighbour_ratio(batch, cells, ranks)
     predictions = {
         "gene_mean": baselines.gene_mean[true_genes],
         "rank_score": scored,

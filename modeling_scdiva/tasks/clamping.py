@@ -37,7 +37,7 @@ from modeling_scdiva.tasks.cells import (
     refuse_path,
     shown,
 )
-from modeling_scdiva.tasks.genes import gene_tokens
+from modeling_scdiva.tasks.genes import asked_tokens, gene_tokens
 
 READOUTS = ("auto", "slots", "decoder")
 # Random genes are drawn from this many that are detected about as often.
@@ -80,6 +80,9 @@ class ClampSettings:
             raise ValueError(msg)
         if not 0.0 < self.hidden_fraction < 1.0:
             msg = f"hidden_fraction must lie in (0, 1), got {self.hidden_fraction}."
+            raise ValueError(msg)
+        if self.up_value is not None and not 0.0 < self.up_value < np.inf:
+            msg = f"up_value must be a log1p value above 0, got {self.up_value}."
             raise ValueError(msg)
         for name, least in (("n_masks", 1), ("n_random_sets", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
@@ -174,7 +177,7 @@ def clamp_genes(
     cells = read_cells(adata, tokenizer=tokenizer, **reading)
     asked = np.unique(cells.token_ids)
     if genes is not None:
-        asked = gene_tokens(genes, vocabulary=vocabulary, what="genes to read out")
+        asked = asked_tokens(genes, vocabulary=vocabulary, what="genes to read out")
     clamp = _Clamp(off_ids, {int(gene): _up_value(cells, gene, settings) for gene in up_ids})
     runner = _Runner(model, tokenizer, cells, asked, settings)
     rng = np.random.default_rng((settings.seed, 1))

@@ -54,6 +54,32 @@ def gene_tokens(names: Sequence[str], *, vocabulary: Any, what: str) -> np.ndarr
     return np.array(tokens, dtype=np.int64)
 
 
+def asked_tokens(names: Sequence[str], *, vocabulary: Any, what: str) -> np.ndarray:
+    """Look up genes that an answer is wanted for: one at least, all known, each named once.
+
+    Args:
+        names: Ensembl ids, symbols or aliases.
+        vocabulary: `GeneVocabulary` of the tokenizer.
+        what: What they are for, for the message ("genes").
+
+    Returns:
+        Token of each, int64.
+
+    Raises:
+        ValueError: If there is no gene, or two names are the same gene.
+    """
+    tokens = gene_tokens(names, vocabulary=vocabulary, what=what)
+    if not len(tokens):
+        msg = f"No {what} are named. Name one at least, or leave the argument out for the default."
+        raise ValueError(msg)
+    found, n_times = np.unique(tokens, return_counts=True)
+    if len(found) < len(tokens):
+        same = [name for name, token in zip(names, tokens, strict=True) if token == found[n_times > 1][0]]
+        msg = f"Two {what} are the same gene: {shown(same)}. Name each gene once."
+        raise ValueError(msg)
+    return tokens
+
+
 def find_genes(names: Sequence[str] | str, vocabulary: Any, *, what: str) -> tuple[dict[int, str], list[str]]:
     """Look genes up of which some may be unknown; these are reported.
 

@@ -36,7 +36,7 @@ from modeling_scdiva.tasks.cells import (
     refuse_path,
     shown,
 )
-from modeling_scdiva.tasks.genes import find_genes, gene_tokens
+from modeling_scdiva.tasks.genes import asked_tokens, find_genes
 from modeling_scdiva.tasks.reconstruction import IGNORED_LABEL, check_diffusion_model
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,9 @@ def impute_expression(
     _check_decoder(model)
     columns = _column_tokens(adata, tokenizer, reading)  # (G,)
     measured = _measured_tokens(columns, measured_genes, tokenizer)
-    queries = columns if genes is None else _asked_tokens(genes, tokenizer)  # (Q,)
+    queries = columns  # (Q,)
+    if genes is not None:
+        queries = asked_tokens(genes, vocabulary=tokenizer.vocabulary, what="genes")
     var = adata.var.copy() if genes is None else pd.DataFrame(index=pd.Index(list(map(str, genes))))
     cells, network_cells = _read_measured(adata, tokenizer, measured, reading)
     is_known = queries >= 0
@@ -140,25 +142,14 @@ def _measured_tokens(columns: np.ndarray, measured_genes: Sequence[str] | None, 
     if measured_genes is None:
         return measured
     named, _ = find_genes(measured_genes, tokenizer.vocabulary, what="measured_genes")
+    absent = [name for token, name in named.items() if token not in measured]
+    if absent:
+        logger.warning("%d measured_genes are not in the file: %s.", len(absent), shown(absent))
     measured = np.intersect1d(measured, list(named))
     if not len(measured):
         msg = "None of measured_genes is a gene of the file. Name genes as the file or the vocabulary does."
         raise ValueError(msg)
     return measured
-
-
-def _asked_tokens(genes: Sequence[str], tokenizer: Any) -> np.ndarray:
-    """Look the asked genes up; each must be named once."""
-    tokens = gene_tokens(genes, vocabulary=tokenizer.vocabulary, what="genes")
-    found, n_times = np.unique(tokens, return_counts=True)
-    if len(found) < len(tokens):
-        same = [name for name, token in zip(genes, tokens, strict=True) if token == found[n_times > 1][0]]
-        msg = f"Two genes are the same gene: {shown(same)}. Name each gene once."
-        raise ValueError(msg)
-    if not len(tokens):
-        msg = "genes names no gene. Name one at least, or leave genes out for those of the file."
-        raise ValueError(msg)
-    return tokens
 
 
 def decode_cells(

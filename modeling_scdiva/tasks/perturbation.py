@@ -29,7 +29,7 @@ from modeling_scdiva.tasks.cells import (
     refuse_path,
     shown,
 )
-from modeling_scdiva.tasks.genes import gene_tokens
+from modeling_scdiva.tasks.genes import asked_tokens
 from modeling_scdiva.tasks.perturbation_data import (
     CONTROL,
     MATCHING_KEYS,
@@ -236,6 +236,7 @@ def predict_perturbation(
         measured.
 
     Raises:
+        TypeError: If one text comes instead of a list of perturbations.
         ValueError: If no perturbation or one without targets is asked for, or one twice.
     """
     import anndata
@@ -243,6 +244,9 @@ def predict_perturbation(
     refuse_path(adata)
     _check_model(model, tokenizer)
     vocabulary = tokenizer.vocabulary
+    if isinstance(perturbations, str):
+        msg = f"perturbations must be a list of names, got the text {perturbations!r}."
+        raise TypeError(msg)
     names = [perturbation_name(split_perturbation(name)) for name in perturbations]
     if not names or CONTROL in names or len(set(names)) < len(names):
         msg = (
@@ -258,7 +262,7 @@ def predict_perturbation(
     if genes is None:
         gene_ids = matched[matched >= 0]  # in the order of the file
     else:
-        gene_ids = gene_tokens(genes, vocabulary=vocabulary, what="genes")
+        gene_ids = asked_tokens(genes, vocabulary=vocabulary, what="genes")
     predicted = mean_deltas(
         model,
         cut_cells(everything, max_genes),

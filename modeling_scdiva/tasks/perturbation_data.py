@@ -147,8 +147,10 @@ def read_perturbed_cells(
     }
     perturbations = np.array([names[label] for label in labels], dtype=object)
     is_control = perturbations == CONTROL
-    if not is_control.any() or is_control.all():
-        found = "no control" if not is_control.any() else "controls only"
+    # "ctrl" stands for the default label; any other label was named, and must be there.
+    is_absent = not is_control.any() or (control_label not in {*labels, *CONTROL_WORDS})
+    if is_absent or is_control.all():
+        found = "no control" if is_absent else "controls only"
         msg = (
             f"obs[{perturbation_key!r}] holds {found} (control_label={control_label!r}). Labels: "
             f"{shown(sorted(names))}. Name the label of the controls, and give perturbed cells beside them."

@@ -69,6 +69,9 @@ class PerturbationSettings:
     validation_unit: Literal["perturbation", "group"] = "perturbation"
 
     def __post_init__(self) -> None:
+        if isinstance(self.match_keys, str):
+            msg = f"match_keys must be a list of columns, got the text {self.match_keys!r}."
+            raise TypeError(msg)
         if self.pairing not in ("mean", "optimal_transport"):
             msg = f'pairing must be "mean" or "optimal_transport", got {self.pairing!r}.'
             raise ValueError(msg)
