@@ -168,18 +168,18 @@ def evaluate_perturbation(
     )
     rows, left_out = _enough_cells(cells, levels, protocol.min_cells)
     names = sorted(set(cells.perturbations[rows]) - {CONTROL})
-    targets = target_tokens(
-        names, vocabulary=tokenizer.vocabulary, perturbation_genes=settings.perturbation_genes
-    )
+    genes = settings.perturbation_genes
+    targets = target_tokens(names, vocabulary=tokenizer.vocabulary, perturbation_genes=genes)
+    embeddings = encoder_of(model).embed_tokens.weight.detach().float().cpu().numpy()
+    methods = (MODEL, RANDOM_WEIGHTS) if protocol.with_random_weights else (MODEL,)
     runs: dict[str, list[_Scores]] = defaultdict(list)
     for seed in protocol.seeds:
         run: dict[str, _Scores] = defaultdict(_Scores)
         for fold in _folds(cells, rows, levels, protocol, seed):
             gene_ids = panel_genes(cells, fold.train, vocabulary=tokenizer.vocabulary, settings=settings)
-            embeddings = encoder_of(model).embed_tokens.weight.detach().float().cpu().numpy()
             data = FoldData(cells, fold, gene_ids=gene_ids, targets=targets, gene_embeddings=embeddings)
             _add_baselines(run, data, protocol, seed)
-            for method in (MODEL, RANDOM_WEIGHTS) if protocol.with_random_weights else (MODEL,):
+            for method in methods:
                 fit = fit_cells(
                     cells,
                     fold.train,
