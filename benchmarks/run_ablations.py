@@ -7,7 +7,8 @@
 Every variant is trained from scratch for `--n_steps` and scored on held-out cells: losses, gene accuracy over
 mask ratios, value correlation, and a logistic regression on the frozen embedding whose test cells are thinned
 to 0.25, 0.5 and 1 times their depth. A variant whose scores lie in `--run` is not run again, so the work can
-be cut into pieces; the result is written when all are there. `base` is run with two seeds: a difference
+be cut into pieces; the result is written when all are there. The base has no latent loss, whatever the
+config says: it is one of the variants. `base` is run with two seeds: a difference
 smaller than the one between them says nothing.
 """
 
@@ -126,7 +127,8 @@ def train(
 ) -> dict[str, float]:
     """Train one variant and return its held-out losses."""
     config_file = folder / "network.json"
-    write_json(config_file, json.loads(args.config.read_text("utf-8")) | variant.network)
+    base = json.loads(args.config.read_text("utf-8")) | {"latent_loss_weight": 0.0}
+    write_json(config_file, base | variant.network)
     model = fresh_model(config_file, tokenizer, seed=variant.seed)
     corruption: dict[str, Any] = {"depth_corruption": variant.depth_corruption}
     if model.config.latent_loss_weight:

@@ -77,8 +77,6 @@ def make_loaders(
     if args.batch_size % args.gradient_accumulation_steps:
         n_micro = args.gradient_accumulation_steps
         sys.exit(f"--batch_size {args.batch_size} is no multiple of {n_micro} micro-batches.")
-    if has_decoder and not args.n_gene_queries:
-        sys.exit("latent_loss_weight > 0 trains the gene-query decoder and needs --n_gene_queries > 0.")
     n_cells = {split: content["n_cells"] for split, content in read_manifest(args.corpus)["splits"].items()}
     return {
         split: corpus_loader(

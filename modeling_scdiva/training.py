@@ -181,6 +181,7 @@ def pretrain(
         FileExistsError: If ``output_dir`` holds checkpoints and ``resume`` is not set.
     """
     _refuse_unsupported(accelerator)
+    _refuse_idle_decoder(model, train_loader)
     output_dir = Path(output_dir)
     found = latest_checkpoint(output_dir)
     if found is not None and not resume:
@@ -258,6 +259,16 @@ def _refuse_unsupported(accelerator: Accelerator) -> None:
         msg = (
             f"{accelerator.distributed_type.value} is not supported: checkpoints here hold whole weights. "
             "Launch with plain data parallelism (accelerate launch --multi_gpu)."
+        )
+        raise ValueError(msg)
+
+
+def _refuse_idle_decoder(model: ScDivaForMaskedDiffusion, train_loader: DataLoader) -> None:
+    if model.query_decoder is not None and not getattr(train_loader.collate_fn, "n_gene_queries", 0):
+        msg = (
+            "The network has a gene-query decoder (latent_loss_weight="
+            f"{model.config.latent_loss_weight}), and the loader asks for no genes: it would stay random. "
+            "Load with n_gene_queries=256, or set latent_loss_weight=0."
         )
         raise ValueError(msg)
 

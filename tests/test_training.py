@@ -269,6 +269,21 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make_model, make_loader, tm
     assert latest_checkpoint(tmp_path) is None
 
 
+def test_the_gene_query_decoder_learns_and_is_never_left_random(fresh_tiny_model, make_loader, tmp_path):
+    def with_decoder():
+        return fresh_tiny_model(latent_loss_weight=1.0)
+
+    def asking(split, **settings):
+        return make_loader(split, n_gene_queries=32, **settings)
+
+    _, log = run(with_decoder, asking, tmp_path / "asked", n_steps=60)
+    held_out = [line["eval_latent_loss"] for line in log if "eval_latent_loss" in line]
+    assert held_out[-1] < held_out[0] - 1.0
+    assert {"train_latent_loss", "train_gene_loss"} <= set(log[1])
+    with pytest.raises(ValueError, match=r"asks for no genes: it would stay random\. Load with n_gene"):
+        run(with_decoder, make_loader, tmp_path / "idle", n_steps=2)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -156,8 +156,8 @@ def evaluate_perturbation(
     levels = None
     if protocol.holdout_key is not None:
         levels = obs_column(adata, protocol.holdout_key, what="levels that are left out")
-        keys = tuple(dict.fromkeys((*settings.match_keys, protocol.holdout_key)))
-        settings = replace(settings, validation_unit="group", match_keys=keys)
+        match_keys = tuple(dict.fromkeys((*settings.match_keys, protocol.holdout_key)))
+        settings = replace(settings, validation_unit="group", match_keys=match_keys)
     cells = read_perturbed_cells(
         adata,
         tokenizer=tokenizer,
@@ -167,8 +167,7 @@ def evaluate_perturbation(
         **reading,
     )
     rows, left_out = _enough_cells(cells, levels, protocol.min_cells)
-    names = sorted(set(cells.perturbations[rows]) - {CONTROL})
-    genes = settings.perturbation_genes
+    names, genes = sorted(set(cells.perturbations[rows]) - {CONTROL}), settings.perturbation_genes
     targets = target_tokens(names, vocabulary=tokenizer.vocabulary, perturbation_genes=genes)
     embeddings = encoder_of(model).embed_tokens.weight.detach().float().cpu().numpy()
     methods = (MODEL, RANDOM_WEIGHTS) if protocol.with_random_weights else (MODEL,)
@@ -180,7 +179,7 @@ def evaluate_perturbation(
             data = FoldData(cells, fold, gene_ids=gene_ids, targets=targets, gene_embeddings=embeddings)
             _add_baselines(run, data, protocol, seed)
             for method in methods:
-                fit = fit_cells(
+                fitted = fit_cells(
                     cells,
                     fold.train,
                     model=with_delta_decoder(model, seed=seed, keep_weights=method == MODEL),
@@ -189,8 +188,8 @@ def evaluate_perturbation(
                     arguments=replace(arguments, seed=seed),
                     accelerator=accelerator,
                     show_progress=False,
-                )
-                _add_model(run[method], fit.model, data, protocol, seed)
+                ).model
+                _add_model(run[method], fitted, data, protocol, seed)
         for method, scores in run.items():
             if levels is not None and method != CEILING:
                 _score_across_folds(scores)

@@ -283,9 +283,8 @@ def predict_perturbation(
     is_measured = np.isin(gene_ids, matched)
     result.var["is_measured"] = is_measured
     means = np.asarray(cell_values(everything, tokenizer.vocab_size)[:, gene_ids].mean(axis=0)).ravel()
-    result.layers["control_mean"] = np.tile(np.where(is_measured, means, np.nan), (len(names), 1)).astype(
-        np.float32
-    )
+    means = np.where(is_measured, means, np.nan).astype(np.float32)
+    result.layers["control_mean"] = np.tile(means, (len(names), 1))
     return result
 
 
