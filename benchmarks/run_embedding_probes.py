@@ -25,6 +25,7 @@ from modeling_scdiva import ScDivaModel
 from modeling_scdiva.metrics.annotation import depth_features, log_normalise, pca_features, probe_embedding
 from modeling_scdiva.provenance import collect_provenance, result_path
 from modeling_scdiva.tasks import embed_cells
+from modeling_scdiva.tasks.cells import whole_counts
 from tokenization_scdiva import CellCorpus
 from tokenization_scdiva.files import write_json
 
@@ -101,8 +102,9 @@ def all_features(
         for name, model in models.items()
         for pooling in arguments.pooling
     }
-    components = pca_features(log_normalise(adata.X), n_components=50, seed=arguments.seed)
-    return features | {"pca_50": components, "depth": depth_features(adata.X)}
+    counts = whole_counts(adata)
+    components = pca_features(log_normalise(counts), n_components=50, seed=arguments.seed)
+    return features | {"pca_50": components, "depth": depth_features(counts)}
 
 
 def probe(
