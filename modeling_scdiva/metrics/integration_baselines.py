@@ -137,7 +137,7 @@ def scvi_embedding(
         ImportError: If scvi-tools is not installed.
     """
     if not has_scvi():
-        msg = "scVI needs scvi-tools: pip install scvi-tools"
+        msg = 'scVI needs scvi-tools: pip install "scdiva[eval-full]"'
         raise ImportError(msg)
     with _global_states_kept():
         import scvi
