@@ -153,6 +153,7 @@ def main() -> None:
         arguments=default_arguments(args.trainable, **numbers),
         accelerator=accelerator,
     )
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return
     found, facts = annotator.calibration, annotator.facts

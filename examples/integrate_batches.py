@@ -117,6 +117,7 @@ def main() -> None:
         mode=args.mode, trainable=args.trainable, arguments=arguments,
         show_progress=is_main,
     )  # fmt: skip
+    accelerator.end_training()
     if not is_main:
         return
     first, last = found.history[0], found.history[-1]

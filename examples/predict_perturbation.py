@@ -8,8 +8,7 @@
 `--mode finetune` learns the changes of a screen, saves the model and writes an h5ad (perturbations x genes)
 whose `X` is the change of mean log1p expression against the controls; examples/evaluate.py says how good that
 is on held-out targets. `--mode clamp` switches genes off or up in the cells and compares with random genes:
-what the model associates with them, no measurement. Without `--data` a screen is made up; without
-`--checkpoint` the weights are random.
+what the model associates with them, no measurement.
 """
 
 import argparse
@@ -119,6 +118,7 @@ def learn(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tok
         accelerator=accelerator,
         keep_empty_cells=True,
     )
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return
     first, last = (fit.history[epoch]["delta_loss"] for epoch in (0, -1))

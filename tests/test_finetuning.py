@@ -148,6 +148,7 @@ from accelerate import Accelerator
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
 print(runpy.run_path(sys.argv[1])["divided"](accelerator))
+accelerator.end_training()  # a process group left to the interpreter's exit aborts now and then
 """
 
 
