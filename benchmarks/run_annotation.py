@@ -4,8 +4,8 @@
 
 Every data set has the hold-out that its columns allow; what they are stands in `DATASETS` and in the result.
 Baselines are fitted on the same training cells and tuned on the same validation cells. Fine-tuning wants a
-GPU; without one choose with `--datasets`, `--methods`, `--seeds` and `--max_genes`. All rows, a confusion
-matrix and a calibration curve per data set go to one JSON and PNGs beside it.
+GPU; without one choose with `--datasets`, `--methods`, `--max_cells`, `--n_folds`, `--max_genes`. All rows, a
+confusion matrix and a calibration curve per data set go to one JSON and PNGs beside it.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from modeling_scdiva.evaluation.figures import draw_calibration, draw_confusion
 from modeling_scdiva.evaluation.report import print_result, write_result
 from modeling_scdiva.metrics.calibration import reliability_curve
 from modeling_scdiva.provenance import result_path
+from modeling_scdiva.splits import stratified_subset
 
 # Sorting gates of Zheng et al. 2017 -> the types that surface proteins tell apart.
 GATES = {
@@ -48,10 +49,9 @@ PER_CELL = ("labels", "predicted", "confidence", "is_correct")
 
 @dataclass(frozen=True)
 class Task:
-    """Which cells of a file, by which labels, what is held out."""
+    """Which cells of a file, by which labels; held out are groups, stratified cells or another file."""
 
     file: str
-    held_out: str
     label_key: str = "cell_type"
     group_key: str | None = None
     test_file: str | None = None
@@ -61,33 +61,27 @@ class Task:
 
 
 DATASETS = {
-    "pbmc_facs": Task(
-        "pbmc_facs_zheng2017", "five folds of cells", note="each sorted type is one technical batch"
-    ),
+    "pbmc_facs": Task("pbmc_facs_zheng2017", note="each sorted type is one technical batch"),
     "kang_donors": Task(
         "kang2018_ifnb_pbmc",
-        "each donor",
         group_key="donor",
         keep=("cell_type_source", "curated"),
         note="labels transferred by a classifier are left out",
     ),
     "crohn": Task(
         "crohn_gut_scp1884",
-        "five folds of cells",
         label_key="cell_type_coarse",
         label_map={"unspecified": None},
         note="its donor column is not reliable",
     ),
-    "cellmix_plates": Task("cellmix_celseq2_tian2019", "each plate", group_key="batch"),
+    "cellmix_plates": Task("cellmix_celseq2_tian2019", group_key="batch"),
     "facs_to_zheng68k": Task(
         "pbmc_facs_zheng2017",
-        "another run of the same study",
         test_file="zheng68k_mini",
-        note="dendritic cells were never trained",
+        note="another run of the same study; dendritic cells were never trained",
     ),
     "facs_to_eccite": Task(
         "pbmc_facs_zheng2017",
-        "another study",
         test_file="pbmc_eccite_adt_gated",
         label_map=GATES | {"unassigned": None},
         note="types gated by surface proteins",
@@ -105,6 +99,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="JSON file, or folder")
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=list(DATASETS))
     parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS), choices=list(METHOD_NAMES))
+    parser.add_argument("--max_cells", type=int, help="more labelled cells of a file are subsampled")
+    parser.add_argument("--n_folds", type=int, help="default: five, or one per donor or plate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one complete run each")
     parser.add_argument("--n_epochs", type=int, default=30, help="of fine-tuning, at most")
     parser.add_argument("--batch_size", type=int, default=32, help="cells per step of fine-tuning")
@@ -117,14 +113,30 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_cells_of(task: Task, folder: Path) -> tuple[anndata.AnnData, anndata.AnnData | None]:
-    """Read training and test file of a task."""
+def read_cells_of(
+    task: Task, arguments: argparse.Namespace
+) -> tuple[anndata.AnnData, anndata.AnnData | None]:
+    """Read training and test file of a task; the test file is never subsampled."""
+    folder = arguments.data
     cells = anndata.read_h5ad(folder / f"{task.file}.h5ad")
     if task.keep is not None:
         cells = cells[(cells.obs[task.keep[0]] == task.keep[1]).to_numpy()].copy()
+    if arguments.max_cells is not None:
+        columns = [cells.obs[key].to_numpy() for key in (task.label_key, task.group_key) if key is not None]
+        cells = cells[stratified_subset(*columns, n_cells=arguments.max_cells)].copy()
     if task.test_file is None:
         return cells, None
     return cells, anndata.read_h5ad(folder / f"{task.test_file}.h5ad")
+
+
+def title_of(task: Task, n_folds: int | None) -> str:
+    """Name the cells and what is held out."""
+    if task.test_file is not None:
+        return f"{task.file} to {task.test_file}"
+    if task.group_key is None:
+        return f"{task.file}, {n_folds or 5} folds of cells out"
+    held_out = f"each {task.group_key}" if n_folds is None else f"{n_folds} folds of {task.group_key}s"
+    return f"{task.file}, {held_out} out"
 
 
 def protocol_of(task: Task, arguments: argparse.Namespace) -> AnnotationProtocol:
@@ -133,6 +145,7 @@ def protocol_of(task: Task, arguments: argparse.Namespace) -> AnnotationProtocol
     return AnnotationProtocol(
         label_key=task.label_key,
         group_key=task.group_key,
+        n_folds=arguments.n_folds,
         label_map=task.label_map,
         methods=arguments.methods,
         seeds=arguments.seeds,
@@ -164,8 +177,8 @@ def main() -> None:
     details, figures, notes = {}, {}, []
     for name in arguments.datasets:
         task = DATASETS[name]
-        train, test = read_cells_of(task, arguments.data)
-        title = f"{task.file} to {task.test_file}" if task.test_file else f"{task.file}, {task.held_out} out"
+        train, test = read_cells_of(task, arguments)
+        title = title_of(task, arguments.n_folds)
         with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.bf16):
             result = evaluate_annotation(
                 train,

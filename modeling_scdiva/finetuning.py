@@ -229,6 +229,7 @@ def _take_step(
         msg = f"A gradient is {norm}: training stops before the weights are spoilt. Lower the learning rate."
         raise FloatingPointError(msg)
     optimizer.step()
+    torch.clear_autocast_cache()  # inside a caller's autocast the old weights would live on
     optimizer.zero_grad(set_to_none=True)
     names = [
         name

@@ -158,6 +158,29 @@ def stratified_folds(
         yield _with_validation(labels, None, is_test, name, fraction=validation_fraction, seed=seed)
 
 
+def stratified_subset(*columns: np.ndarray, n_cells: int, seed: int = 0) -> np.ndarray:
+    """Choose cells so that each combination of entries keeps its share, rounded.
+
+    Args:
+        *columns: (N,) arrays such as labels and batches.
+        n_cells: Cells to keep; all where there are no more.
+        seed: Of the choice.
+
+    Returns:
+        (n,) rows, sorted.
+    """
+    n_there = len(columns[0])
+    if n_there <= n_cells:
+        return np.arange(n_there)
+    shuffled = np.random.default_rng(seed).permutation(n_there)
+    names = np.stack([np.asarray(column).astype(str) for column in columns])
+    strata = np.unique(names, axis=1, return_inverse=True)[1].ravel()
+    by_stratum = shuffled[np.argsort(strata[shuffled], kind="stable")]
+    # Every k-th cell of the cells sorted by stratum.
+    places = np.floor(np.arange(n_cells) * n_there / n_cells).astype(np.int64)
+    return np.sort(by_stratum[places])
+
+
 def _with_validation(
     labels: np.ndarray, groups: np.ndarray | None, is_test: np.ndarray, name: str, **settings: Any
 ) -> CellSplit:

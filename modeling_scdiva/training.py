@@ -372,6 +372,7 @@ class _Run:
             )
             raise FloatingPointError(msg)
         self.optimizer.step()
+        torch.clear_autocast_cache()  # inside a caller's autocast the old weights would live on
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.model)

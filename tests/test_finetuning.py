@@ -76,6 +76,17 @@ def test_it_learns_and_logs_means_over_the_examples():
     assert set(history[0]) == {"epoch", "loss", "other_loss"}
 
 
+def test_inside_autocast_the_new_weights_are_used():
+    inside, outside = Line(), Line()
+    plain = outside.forward
+    outside.forward = torch.autocast("cpu", dtype=torch.bfloat16)(plain)  # a context of its own per call
+    expected, _ = run(outside)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = run(inside)
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
+    torch.testing.assert_close(inside.layer.weight, outside.layer.weight)
+
+
 def test_the_same_seed_gives_the_same_weights_whatever_ran_before():
     models = [Line(), Line(), Line()]
     for model, seed in zip(models, (3, 3, 4), strict=True):

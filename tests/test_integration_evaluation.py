@@ -4,7 +4,6 @@ Needs the eval extra (scib-metrics, harmonypy, scanpy); no real data.
 Run: pytest tests/test_integration_evaluation.py
 """
 
-import dataclasses
 import json
 import runpy
 import sys
@@ -17,7 +16,6 @@ import pytest
 from modeling_scdiva.evaluation import print_result, write_result
 from modeling_scdiva.evaluation.integration import (
     IntegrationProtocol,
-    _stratified_rows,
     evaluate_integration,
 )
 from modeling_scdiva.model_card import result_section
@@ -96,24 +94,6 @@ def test_result_becomes_a_file_and_a_table(result, tmp_path, capsys):
     print_result(result)
     assert "labels seen" in capsys.readouterr().out
     assert "control: label one-hot" in result_section(path)
-
-
-def test_subsample_keeps_the_share_of_every_group():
-    rng = np.random.default_rng(0)
-    batches = rng.choice(["x", "y"], 1000, p=[0.8, 0.2]).astype(object)
-    labels = rng.choice(["a", "b", ""], 1000, p=[0.7, 0.2, 0.1]).astype(object)
-    protocol = IntegrationProtocol(max_cells=100)
-    rows = _stratified_rows(batches, labels, protocol)
-    assert len(rows) == len(set(rows)) == 100
-    assert (np.diff(rows) > 0).all()
-    for batch in "xy":
-        for label in ("a", "b", ""):
-            in_all = ((batches == batch) & (labels == label)).sum()
-            in_sample = ((batches[rows] == batch) & (labels[rows] == label)).sum()
-            assert abs(in_sample - in_all / 10) <= 1
-    other = _stratified_rows(batches, labels, dataclasses.replace(protocol, subsample_seed=1))
-    assert set(other) != set(rows)
-    np.testing.assert_array_equal(_stratified_rows(batches[:90], labels[:90], protocol), np.arange(90))
 
 
 @pytest.mark.parametrize(

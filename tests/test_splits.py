@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.model_selection import LeaveOneGroupOut
 
-from modeling_scdiva.splits import leave_groups_out, split_validation, stratified_folds
+from modeling_scdiva.splits import leave_groups_out, split_validation, stratified_folds, stratified_subset
 
 
 def cells(n_cells=240, n_groups=6, seed=0):
@@ -110,3 +110,19 @@ def test_bad_input():
         split_validation(labels, groups[:3])
     with pytest.raises(ValueError, match="2 cells of 2 classes are too few"):
         split_validation(np.array(["a", "b"]))
+
+
+def test_subset_keeps_the_share_of_every_stratum():
+    rng = np.random.default_rng(0)
+    batches = rng.choice(["x", "y"], 1000, p=[0.8, 0.2]).astype(object)
+    labels = rng.choice(["a", "b", ""], 1000, p=[0.7, 0.2, 0.1]).astype(object)
+    rows = stratified_subset(batches, labels, n_cells=100)
+    assert len(rows) == len(set(rows)) == 100
+    assert (np.diff(rows) > 0).all()
+    for batch in "xy":
+        for label in ("a", "b", ""):
+            in_all = ((batches == batch) & (labels == label)).sum()
+            in_sample = ((batches[rows] == batch) & (labels[rows] == label)).sum()
+            assert abs(in_sample - in_all / 10) <= 1
+    assert set(stratified_subset(batches, labels, n_cells=100, seed=1)) != set(rows)
+    np.testing.assert_array_equal(stratified_subset(batches, n_cells=1000), np.arange(1000))

@@ -118,6 +118,14 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(make_model, make_loader,
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
 
+def test_inside_autocast_the_new_weights_are_used(make_model, make_loader, tmp_path):
+    _, plain = run(make_model, make_loader, tmp_path / "plain", n_steps=12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, inside = run(make_model, make_loader, tmp_path / "inside", n_steps=12)
+    losses = [[line["loss"] for line in log if "loss" in line] for log in (plain, inside)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # bfloat16; with the old weights they stay
+
+
 def test_loader_workers_change_nothing(make_model, make_loader, tmp_path):
     _, alone = run(make_model, make_loader, tmp_path / "alone", n_steps=6)
     _, helped = run(make_model, make_loader, tmp_path / "helped", n_steps=6, num_workers=2)

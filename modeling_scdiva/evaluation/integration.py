@@ -29,6 +29,7 @@ from modeling_scdiva.fresh_model import random_weights
 from modeling_scdiva.metrics import integration_baselines as baselines
 from modeling_scdiva.metrics.annotation import depth_features
 from modeling_scdiva.metrics.integration import integration_scores, integration_settings
+from modeling_scdiva.splits import stratified_subset
 from modeling_scdiva.tasks.cells import CellTokenizer, encoder_of, obs_column, refuse_path, whole_counts
 from modeling_scdiva.tasks.embedding import embed_cells
 from modeling_scdiva.tasks.integration import integrate_batches
@@ -115,7 +116,7 @@ def evaluate_integration(
     refuse_path(adata)
     batches = obs_column(adata, batch_key, what="technical batches")
     labels = _label_column(adata, label_key, protocol.unlabelled)
-    rows = _stratified_rows(batches, labels, protocol)
+    rows = stratified_subset(batches, labels, n_cells=protocol.max_cells, seed=protocol.subsample_seed)
     chosen = adata[rows]
     cells = chosen.to_memory() if chosen.isbacked else chosen.copy()
     batches, labels = batches[rows], labels[rows]
@@ -286,19 +287,6 @@ def _label_column(adata: Any, label_key: str, unlabelled: Sequence[str]) -> np.n
         msg = f"obs[{label_key!r}] labels no cell: all entries are missing or among {sorted(unlabelled)}."
         raise ValueError(msg)
     return labels
-
-
-def _stratified_rows(batches: np.ndarray, labels: np.ndarray, protocol: IntegrationProtocol) -> np.ndarray:
-    """Choose cells so that each (batch, label) keeps its share; sorted rows."""
-    n_cells = len(batches)
-    if n_cells <= protocol.max_cells:
-        return np.arange(n_cells)
-    shuffled = np.random.default_rng(protocol.subsample_seed).permutation(n_cells)
-    groups = np.unique(np.stack([batches.astype(str), labels.astype(str)]), axis=1, return_inverse=True)[1]
-    by_group = shuffled[np.argsort(groups.ravel()[shuffled], kind="stable")]
-    # Every k-th cell of the cells sorted by group: each group keeps its share, rounded.
-    places = np.floor(np.arange(protocol.max_cells) * n_cells / protocol.max_cells).astype(np.int64)
-    return np.sort(by_group[places])
 
 
 def _note(
