@@ -20,7 +20,7 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
-from accelerate import PartialState
+from accelerate import Accelerator
 from scipy.sparse import csr_matrix
 from transformers import AutoTokenizer
 
@@ -123,7 +123,7 @@ def load(arguments: argparse.Namespace) -> tuple[anndata.AnnData, Any, Any, pd.D
 def main() -> None:
     """Run the tasks, print every table, write every result."""
     arguments = parse_arguments()
-    state = PartialState()
+    accelerator = Accelerator()
     cells, model, tokenizer, edges = load(arguments)
     settings = SuiteSettings(
         data_name=arguments.data.stem if arguments.data else "made-up cells",
@@ -148,18 +148,19 @@ def main() -> None:
     for task in wanted:
         if not left_out[task]:
             result_path(arguments.output, task)  # refuses a name that is taken before the run
-    model, paths = model.to(state.device).eval(), []
+    model, paths = model.to(accelerator.device).eval(), []
     for task in wanted:
         if left_out[task]:
             print(f"\n{task}: left out, needs --{' and --'.join(left_out[task])}.")
             continue
         result, figures = evaluate_task(task, cells, model=model, tokenizer=tokenizer, settings=settings)
-        if state.is_main_process:
+        if accelerator.is_main_process:
             print_result(result)
             paths.append(write_result(result, arguments.output, task, figures))
             print(f"wrote {paths[-1]} and {len(figures)} pictures", flush=True)
-    if state.is_main_process:
+    if accelerator.is_main_process:
         print(f"\n{len(paths)} of {len(wanted)} tasks evaluated; results in {arguments.output}.")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

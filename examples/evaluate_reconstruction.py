@@ -19,7 +19,7 @@ from typing import Any
 
 import anndata
 import numpy as np
-from accelerate import PartialState
+from accelerate import Accelerator
 from transformers import AutoTokenizer
 
 from modeling_scdiva import ScDivaForMaskedDiffusion
@@ -74,12 +74,13 @@ def load(arguments: argparse.Namespace) -> tuple[anndata.AnnData, Any, Any]:
 def main() -> None:
     """Evaluate, print, write."""
     arguments = parse_arguments()
-    state = PartialState()
-    if not state.is_main_process:
-        return  # the protocol is one run of small forward passes; one process does it
+    accelerator = Accelerator()
+    accelerator.end_training()  # one process does it
+    if not accelerator.is_main_process:
+        return
     output = result_path(arguments.output, "reconstruction")  # refuses a name that is taken before the run
     cells, model, tokenizer = load(arguments)
-    model = model.to(state.device).eval()
+    model = model.to(accelerator.device).eval()
     reading = {} if arguments.max_genes is None else {"max_genes": arguments.max_genes}
     result = evaluate_reconstruction(
         cells,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
-from accelerate import PartialState
+from accelerate import Accelerator
 from transformers import AutoTokenizer
 
 from modeling_scdiva import ScDivaForMaskedDiffusion
@@ -77,12 +77,13 @@ def load(arguments: argparse.Namespace) -> tuple[anndata.AnnData, Any, Any]:
 def main() -> None:
     """Impute, evaluate, print, write."""
     arguments = parse_arguments()
-    state = PartialState()
-    if not state.is_main_process:
-        return  # one process does it
+    accelerator = Accelerator()
+    accelerator.end_training()  # one process does it
+    if not accelerator.is_main_process:
+        return
     output = result_path(arguments.output, "imputation")  # refuses a name that is taken before the run
     cells, model, tokenizer = load(arguments)
-    model = model.to(state.device).eval()
+    model = model.to(accelerator.device).eval()
     name = "made-up cells" if arguments.data is None else arguments.data.stem
 
     # 1. Impute.

@@ -16,7 +16,7 @@ from typing import Any
 
 import anndata
 import numpy as np
-from accelerate import PartialState
+from accelerate import Accelerator
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import modeling_scdiva  # noqa: F401 - registers the classes
@@ -72,11 +72,12 @@ def load(arguments: argparse.Namespace) -> tuple[anndata.AnnData, Any, Any]:
 def main() -> None:
     """Infer, write, show, score."""
     arguments = parse_arguments()
-    state = PartialState()
+    accelerator = Accelerator()
+    accelerator.end_training()  # one process does it
+    if not accelerator.is_main_process:
+        return
     cells, model, tokenizer = load(arguments)
-    model = model.to(state.device).eval()
-    if not state.is_main_process:
-        return  # one process does it
+    model = model.to(accelerator.device).eval()
     reference = None
     if arguments.reference:
         result_path(arguments.output, "gene_network")  # refuses a name that is taken before the work

@@ -17,6 +17,7 @@ from typing import Any
 import anndata
 import numpy as np
 import torch
+from accelerate import Accelerator
 from sklearn.decomposition import PCA
 from transformers import AutoModel, AutoTokenizer
 
@@ -96,6 +97,10 @@ def map_by_components(
 def main() -> None:
     """Map, write, score if that is possible."""
     args = parse_arguments()
+    accelerator = Accelerator()
+    accelerator.end_training()  # one process does it
+    if not accelerator.is_main_process:
+        return
     reference, query = read_data(args)
     model, tokenizer = load_model(args, reference)
     settings = MappingSettings(

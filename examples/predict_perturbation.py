@@ -1,14 +1,12 @@
 """Predict how expression responds to perturbations, seen and unseen; or clamp genes in silico, untrained.
 
-    python examples/predict_perturbation.py --checkpoint scdiva
     accelerate launch examples/predict_perturbation.py --checkpoint scdiva --data screen.h5ad \
         --match_keys batch --perturbations JAK2 STAT1+IRF1 --target IFNb=IFNB1
     python examples/predict_perturbation.py --checkpoint scdiva --mode clamp --data cells.h5ad --off SPI1
 
 `--mode finetune` learns the changes of a screen, saves the model and writes an h5ad (perturbations x genes)
-whose `X` is the change of mean log1p expression against the controls; examples/evaluate.py says how good that
-is on held-out targets. `--mode clamp` switches genes off or up in the cells and compares with random genes:
-what the model associates with them, no measurement.
+whose `X` is the change of mean log1p expression against the controls; examples/evaluate.py scores that.
+`--mode clamp` switches genes off or up and compares with random genes: an association, no measurement.
 """
 
 import argparse
@@ -92,7 +90,6 @@ def load(arguments: argparse.Namespace) -> tuple[anndata.AnnData, Any, Any]:
 
 def learn(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tokenizer: Any) -> None:
     """Fine-tune on the whole screen, save, predict, write."""
-    accelerator = Accelerator()
     labels = obs_column(cells, arguments.perturbation_key, what="perturbations")
     named = (entry.partition("=") for entry in arguments.target)
     genes = {name: [gene for gene in listed.split(",") if gene] for name, _, listed in named}
@@ -115,11 +112,9 @@ def learn(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tok
             max_cells=arguments.max_cells,
         ),
         arguments=FinetuningArguments(n_epochs=arguments.n_epochs, learning_rate=arguments.learning_rate),
-        accelerator=accelerator,
         keep_empty_cells=True,
     )
-    accelerator.end_training()
-    if not accelerator.is_main_process:
+    if not Accelerator().is_main_process:
         return
     first, last = (fit.history[epoch]["delta_loss"] for epoch in (0, -1))
     print(f"Loss {first:.3f} -> {last:.3f} (predicting no change: 1).")
@@ -153,7 +148,7 @@ def clamp(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tok
     off = arguments.off or ([] if arguments.up else [cells.var_names[int(np.argmax(cells.X.sum(axis=0)))]])
     found = clamp_genes(
         cells[np.sort(chosen)],
-        model=model.to(Accelerator().device),
+        model=model,
         tokenizer=tokenizer,
         off=off,
         up=arguments.up,
@@ -173,7 +168,12 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.output.mkdir(parents=True, exist_ok=True)
     cells, model, tokenizer = load(arguments)
-    (learn if arguments.mode == "finetune" else clamp)(arguments, cells, model, tokenizer)
+    accelerator = Accelerator()
+    if arguments.mode == "finetune":
+        learn(arguments, cells, model, tokenizer)
+    elif accelerator.is_main_process:  # one process does it
+        clamp(arguments, cells, model.to(accelerator.device), tokenizer)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

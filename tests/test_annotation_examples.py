@@ -1,10 +1,12 @@
-"""The examples of annotation and the benchmark run on made-up cells, in this process.
+"""The examples of annotation and the benchmark run on made-up cells, in one process and in two.
 
 Needs no data. Run: pytest tests/test_annotation_examples.py
 """
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,6 +52,25 @@ def test_what_cannot_be_done_is_said_before_training(monkeypatch):
         run(monkeypatch, script, "--predict")
     with pytest.raises(SystemExit, match="--reference and --query go together"):
         run(monkeypatch, "examples/map_reference.py", "--query", "query.h5ad")
+
+
+@pytest.mark.parametrize(
+    ("script", "last_line"),
+    [
+        ("finetune_annotation.py --n_epochs 1", "Annotator in annotator/."),
+        ("map_reference.py", "Types, confidences and distances are in obs of mapped.h5ad."),
+    ],
+)
+def test_two_processes_end_well_and_write_once(script, last_line):
+    name, *arguments = script.split()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, ROOT / "examples" / name, *arguments], env=environment,
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(last_line) == 1
 
 
 def test_map_to_a_reference(monkeypatch, capsys):
