@@ -77,6 +77,7 @@ VARIANTS = {
     "no rotary positions": Variant({"use_rotary_positions": False}),
     "value head: hidden state only": Variant({"value_head": "scalar"}),
     "visible genes not excluded": Variant({"exclude_visible_genes": False}),
+    "embeddings normalised": Variant({"normalize_embeddings": True}),
     "latent loss": Variant({"latent_loss_weight": 1.0}),
 }
 

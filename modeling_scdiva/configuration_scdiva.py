@@ -78,6 +78,8 @@ class ScDivaConfig(PreTrainedConfig):
         value_head: "scalar" predicts a value from the position alone, "gene" from the position and the gene.
         latent_loss_weight: Weight of the loss of the gene-query decoder, which predicts any gene from the
             cell embedding; 0 leaves the decoder out of the network.
+        normalize_embeddings: Bring gene and value embedding to the same root mean square before they are
+            added; without it the value embedding, which grows in training, drowns the genes.
         use_anchor: Let the anchor take part; False hides it from all positions, for ablations.
         use_rotary_positions: Tell positions apart by rotation; False sees a cell as a set, for ablations.
         sparse_prediction: Compute gene logits at masked positions only, unless all are asked for.
@@ -125,6 +127,7 @@ class ScDivaConfig(PreTrainedConfig):
     exclude_visible_genes: bool = False
     value_head: Literal["scalar", "gene"] = "scalar"
     latent_loss_weight: float | int = 0.0
+    normalize_embeddings: bool = False
     use_anchor: bool = True
     use_rotary_positions: bool = True
     sparse_prediction: bool = True

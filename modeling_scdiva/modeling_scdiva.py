@@ -105,6 +105,10 @@ class ScDivaModel(ScDivaPreTrainedModel):
         value_states = self.value_embedding(
             expression_values, masks.is_measured, masks.is_hidden
         )  # (B, S, D)
+        if self.config.normalize_embeddings:
+            width, eps = (self.config.hidden_size,), self.config.rms_norm_eps
+            gene_states = nn.functional.rms_norm(gene_states, width, eps=eps)
+            value_states = nn.functional.rms_norm(value_states, width, eps=eps)
         hidden_states = self.dropout(gene_states + value_states)  # (B, S, D)
 
         if position_ids is None:
