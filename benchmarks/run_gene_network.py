@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_scdiva import ScDivaForMaskedDiffusion
-from modeling_scdiva.evaluation import print_result, write_result
+from modeling_scdiva.evaluation import join_results, print_result, write_result
 from modeling_scdiva.evaluation.gene_network import (
     NetworkProtocol,
     evaluate_gene_network,
@@ -67,25 +67,21 @@ def main() -> None:
     model = ScDivaForMaskedDiffusion.from_pretrained(arguments.model).to(arguments.device).eval()
     settings = NetworkSettings(arguments.min_cells, arguments.batch_size, arguments.n_groups)
     protocol = NetworkProtocol(arguments.n_cells, arguments.methods, settings=settings)
-    merged: dict[str, Any] = {"numbers": [], "baselines": [], "details": {}}
-    notes, figures = [], {}
+    results: dict[str, dict[str, Any]] = {}
+    figures: dict[str, Any] = {}
     for data in arguments.data:
         cells = anndata.read_h5ad(data)
         for reference in arguments.reference:
             name, edges = read_edges(reference, arguments.confidences)
             name = f"{data.stem}, {name}"
-            result = evaluate_gene_network(
+            results[name] = result = evaluate_gene_network(
                 cells, model=model, tokenizer=tokenizer, reference=edges, data_name=name,
                 seeds=arguments.seeds, protocol=protocol,
             )  # fmt: skip
             print_result(result)
-            notes.append(f"{name}: {result['note']}")
-            for key in ("numbers", "baselines"):
-                merged[key] += result[key]
-            merged["details"][name] = result["details"]
             drawn = network_figures(result)
             figures |= {f"{data.stem}_{reference.stem}_{key}": drawn[key] for key in drawn}
-    merged |= {"title": result["title"], "columns": result["columns"], "note": " ".join(notes)}
+    merged = join_results(results)
     merged |= {"benchmark": "gene_network", "seeds": arguments.seeds, "n_cells": arguments.n_cells}
     merged["config"] = {key: value for key, value in model.config.to_diff_dict().items() if key != "auto_map"}
     print(f"\nwrote {write_result(merged, output, 'gene_network', figures)}")

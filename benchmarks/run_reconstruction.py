@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_scdiva import ScDivaForMaskedDiffusion
-from modeling_scdiva.evaluation import print_result, write_result
+from modeling_scdiva.evaluation import join_results, print_result, write_result
 from modeling_scdiva.evaluation.reconstruction import (
     MASK_RATIOS,
     evaluate_reconstruction,
@@ -50,11 +50,10 @@ def main() -> None:
     output = result_path(arguments.output, "reconstruction")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = ScDivaForMaskedDiffusion.from_pretrained(arguments.model).to(arguments.device).eval()
-    merged: dict[str, Any] = {"title": "Reconstruction of held-out cells", "numbers": [], "baselines": []}
-    merged |= {"details": {}, "benchmark": "reconstruction", "seeds": arguments.seeds}
+    results: dict[str, dict[str, Any]] = {}
     figures: dict[str, Any] = {}
     for data in arguments.data:
-        result = evaluate_reconstruction(
+        results[data.stem] = result = evaluate_reconstruction(
             anndata.read_h5ad(data),
             model=model,
             tokenizer=tokenizer,
@@ -65,12 +64,9 @@ def main() -> None:
             max_test_cells=arguments.max_test_cells,
         )
         print_result(result)
-        for key in ("numbers", "baselines"):
-            merged[key] += result[key]
-        merged["details"][data.stem] = result["details"]
         drawn = reconstruction_figures(result)
         figures |= {f"{data.stem}_{name}": figure for name, figure in drawn.items()}
-    merged |= {"columns": result["columns"], "note": result["note"]}
+    merged = join_results(results) | {"benchmark": "reconstruction", "seeds": arguments.seeds}
     merged["config"] = {key: value for key, value in model.config.to_diff_dict().items() if key != "auto_map"}
     print(f"\nwrote {write_result(merged, output, 'reconstruction', figures)}")
 

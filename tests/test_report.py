@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from modeling_scdiva.evaluation.figures import draw_mask_curve
-from modeling_scdiva.evaluation.report import format_result, print_result, summarise, write_result
+from modeling_scdiva.evaluation.report import (
+    format_result,
+    join_results,
+    print_result,
+    summarise,
+    write_result,
+)
 from modeling_scdiva.model_card import result_section
 
 RESULT = {
@@ -64,6 +70,17 @@ def test_runs_that_cannot_be_averaged():
         summarise([{"split": "a"}, {"split": "b"}])
     with pytest.raises(TypeError, match=r"'curve' holds \[1\] \(list\)"):
         summarise([{"curve": [1]}])
+
+
+def test_joined_results_keep_every_row():
+    other = RESULT | {"numbers": [{"data": "c", "method": "scDiVa", "macro_f1": 0.5}], "note": "One."}
+    whole = {"columns": ["method", "macro_f1"], "details": {"seeds": [0]}}
+    joined = join_results({"first": RESULT | whole, "second": other | whole})
+    assert joined["numbers"] == RESULT["numbers"] + other["numbers"]
+    assert joined["baselines"] == 2 * RESULT["baselines"]
+    assert joined["details"] == {"first": {"seeds": [0]}, "second": {"seeds": [0]}}
+    assert joined["note"] == "first: Two data sets. second: One."
+    assert join_results({"a": RESULT | whole, "b": RESULT | whole})["note"] == "Two data sets."
 
 
 def test_table_keeps_rows_of_one_data_set_together(capsys):

@@ -1,5 +1,11 @@
 """Protocols: data, splits, seeds, baselines and scDiVa together, one task a file, one result each."""
 
-from modeling_scdiva.evaluation.report import format_result, print_result, summarise, write_result
+from modeling_scdiva.evaluation.report import (
+    format_result,
+    join_results,
+    print_result,
+    summarise,
+    write_result,
+)
 
-__all__ = ["format_result", "print_result", "summarise", "write_result"]
+__all__ = ["format_result", "join_results", "print_result", "summarise", "write_result"]

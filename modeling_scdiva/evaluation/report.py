@@ -61,6 +61,28 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary | {"n_seeds": len(runs)}
 
 
+def join_results(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Put the tables of several data sets below each other.
+
+    Args:
+        results: Result of each data set by its name, at least one.
+
+    Returns:
+        One result; ``details`` are those of each data set by name, a note that all share stands once.
+    """
+    notes = dict.fromkeys(result["note"] for result in results.values())
+    named = (f"{name}: {result['note']}" for name, result in results.items())
+    first = next(iter(results.values()))
+    return {
+        "title": first["title"],
+        "columns": first["columns"],
+        "numbers": [row for result in results.values() for row in result["numbers"]],
+        "baselines": [row for result in results.values() for row in result["baselines"]],
+        "note": next(iter(notes)) if len(notes) == 1 else " ".join(named),
+        "details": {name: result["details"] for name, result in results.items()},
+    }
+
+
 def format_result(result: Mapping[str, Any]) -> str:
     """Lay a result out as text, rows of the same data together, spreads behind their numbers.
 
