@@ -7,9 +7,9 @@
 Every variant is trained from scratch for `--n_steps` and scored on held-out cells: losses, gene accuracy over
 mask ratios, value correlation, and a logistic regression on the frozen embedding whose test cells are thinned
 to 0.25, 0.5 and 1 times their depth. A variant whose scores lie in `--run` is not run again, so the work can
-be cut into pieces; the result is written when all are there. The base has no latent loss, whatever the
-config says: it is one of the variants. `base` is run with two seeds: a difference
-smaller than the one between them says nothing.
+be cut into pieces; the result is written when all are there. The base has neither latent loss nor normalised
+embeddings, whatever the config says: these are variants. `base` is run with two seeds: a difference smaller
+than the one between them says nothing.
 """
 
 import argparse
@@ -54,6 +54,9 @@ PUBLISHED = {
     "depth corruption: none": {"f1_at_depth_025_05_1": "0.72 / 0.80 / 0.84, with scaling 0.77 / 0.82 / 0.84"},
     "no rotary positions": {"zero_shot_f1": 0.83, "with_rotary_positions": 0.84},
 }
+
+
+BASE = {"latent_loss_weight": 0.0, "normalize_embeddings": False}
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def train(
 ) -> dict[str, float]:
     """Train one variant and return its held-out losses."""
     config_file = folder / "network.json"
-    base = json.loads(args.config.read_text("utf-8")) | {"latent_loss_weight": 0.0}
+    base = json.loads(args.config.read_text("utf-8")) | BASE
     write_json(config_file, base | variant.network)
     model = fresh_model(config_file, tokenizer, seed=variant.seed)
     corruption: dict[str, Any] = {"depth_corruption": variant.depth_corruption}
