@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from tokenization_scdiva import ScDivaTokenizer, build_vocabulary, find_cell_files, read_gene_tables
-from tokenization_scdiva.files import write_json
+from tokenization_scdiva.files import open_cells, write_json
+from tokenization_scdiva.genes_scdiva import ensembl_id, gene_name_columns
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,6 +42,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--min_cells", type=int, default=1, help="leave out genes seen in fewer cells")
     parser.add_argument("--n_genes", type=int, help="keep only the most variable genes")
     parser.add_argument(
+        "--keep_genes",
+        nargs="+",
+        default=[],
+        help="and these: gene names, or h5ad files whose genes are meant",
+    )
+    parser.add_argument(
         "--min_gene_overlap", type=float, default=0.1, help="least share of a file's genes in the gene table"
     )
     parser.add_argument("--max_genes", type=int, default=1200, help="genes kept of a cell")
@@ -48,6 +55,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gene_order", choices=["entropy", "expression", "random"], default="entropy")
     parser.add_argument("--entropy_epsilon", type=float, default=1.0, help="nats added to every entropy")
     return parser.parse_args()
+
+
+def gene_names(entries: list[str]) -> list[str]:
+    """Read the names of genes where an entry is a file; an Ensembl id where there is one."""
+    names: list[str] = []
+    for entry in entries:
+        if not entry.endswith(".h5ad"):
+            names.append(entry)
+            continue
+        with open_cells(Path(entry)) as adata:
+            columns = gene_name_columns(adata)
+        for written in zip(*columns.values(), strict=True):
+            known = [str(name) for name in written if name]
+            names += sorted(known, key=lambda name: not ensembl_id(name))[:1]
+    return names
 
 
 def main() -> None:
@@ -67,6 +89,7 @@ def main() -> None:
         target_sum=args.target_sum,
         min_cells=args.min_cells,
         n_genes=args.n_genes,
+        keep_genes=gene_names(args.keep_genes),
         min_gene_overlap=args.min_gene_overlap,
     )
     tokenizer = ScDivaTokenizer(

@@ -171,6 +171,20 @@ def test_n_genes_keeps_the_most_variable(tmp_path):
     assert build(files, n_genes=100).gene_ids[5:] == [A, B, C, D]
 
 
+def test_keep_genes_come_on_top_of_the_most_variable(tmp_path, caplog):
+    counts = [[1, 20, 50, 9, 0], [90, 20, 50, 0, 0], [1, 20, 50, 0, 0], [90, 20, 50, 9, 0]]
+    symbols = ["AA", "BB", "CC", "DD", "EE"]
+    files = write(tmp_path, cells=cells_of([A, B, C, D, "ENSG00000000005"], counts, symbols))
+    built = build(files, n_genes=2, min_cells=3, keep_genes=["DD", D, A, "EE", "nothing"])
+    assert built.gene_ids[5:] == [A, C, D]  # A and C vary most, D is seen in two cells
+    assert built.source["keep_genes_missing"] == ["EE", "nothing"]
+    assert (
+        "2 of 5 genes to keep are expressed in no cell of the files and left out: EE, nothing." in caplog.text
+    )
+    assert entropy_of(built)[D] == entropy_of(build(files))[D]
+    assert build(files, n_genes=2).source["keep_genes_missing"] == []
+
+
 def test_min_cells_leaves_rare_genes_out(tmp_path):
     files = write(tmp_path, cells=cells_of([A, B, C], [[1, 1, 0], [1, 0, 0], [1, 0, 0]]))
     assert build(files).gene_ids[5:] == [A, B]  # C is seen in no cell

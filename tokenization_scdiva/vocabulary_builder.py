@@ -5,6 +5,7 @@ streams the cells into one histogram per gene. A cell counts for a gene only whe
 gene: unmeasured is not zero.
 """
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,14 +23,18 @@ from tokenization_scdiva.gene_entropy import GeneEntropy
 from tokenization_scdiva.gene_table import GeneTable, canonical_genes
 from tokenization_scdiva.genes_scdiva import (
     check_gene_overlap,
+    clean_name,
     ensembl_id,
     ensembl_prefix,
+    find_genes,
     gene_name_columns,
     likely_species,
     match_genes,
 )
 from tokenization_scdiva.ranking_scdiva import TARGET_SUM, iter_flat_cells
 from tokenization_scdiva.vocabulary_scdiva import GeneVocabulary
+
+logger = logging.getLogger(__name__)
 
 
 def build_vocabulary(  # noqa: PLR0913 (the arguments of data/build_vocabulary.py)
@@ -42,6 +47,7 @@ def build_vocabulary(  # noqa: PLR0913 (the arguments of data/build_vocabulary.p
     target_sum: float = TARGET_SUM,
     min_cells: int = 1,
     n_genes: int | None = None,
+    keep_genes: Sequence[str] = (),
     min_gene_overlap: float = 0.1,
     show_progress: bool = True,
 ) -> tuple[GeneVocabulary, list[dict[str, Any]]]:
@@ -61,6 +67,9 @@ def build_vocabulary(  # noqa: PLR0913 (the arguments of data/build_vocabulary.p
         min_cells: Genes seen in fewer cells are left out.
         n_genes: Keep only this many genes, those whose log1p expression varies most over all cells. For small
             models.
+        keep_genes: Names of genes to keep on top of these, such as the panel and the targets of a screen,
+            whatever ``n_genes`` and ``min_cells`` say. A warning and ``source["keep_genes_missing"]`` tell
+            those that no cell expresses.
         min_gene_overlap: Least share of a file's genes that the table must know.
         show_progress: Show a progress bar.
 
@@ -74,7 +83,8 @@ def build_vocabulary(  # noqa: PLR0913 (the arguments of data/build_vocabulary.p
     with tqdm(total=n_cells, unit=" cells", disable=not show_progress) as bar:
         for path in files.values():
             _add_cells(entropy, path, candidates, reading, bar)
-    kept = _kept_genes(entropy, min_cells=min_cells, n_genes=n_genes)
+    wanted, missing = _wanted_genes(keep_genes, entropy, candidates)
+    kept = np.union1d(_kept_genes(entropy, min_cells=min_cells, n_genes=n_genes), wanted)
     ids = [candidates.gene_ids[candidates.n_special_tokens + gene] for gene in kept]
     symbols = [candidates.gene_symbols[candidates.n_special_tokens + gene] for gene in kept]
     aliases: Mapping[str, str] = {}
@@ -89,6 +99,8 @@ def build_vocabulary(  # noqa: PLR0913 (the arguments of data/build_vocabulary.p
         "min_cells": min_cells,
         "n_genes_requested": n_genes,
         "n_genes_found": candidates.n_genes,
+        "n_keep_genes": len(keep_genes),
+        "keep_genes_missing": missing,
     }
     vocabulary = GeneVocabulary(
         ids, symbols, aliases=aliases, gene_entropy=entropy.entropy()[kept], source=source
@@ -177,6 +189,27 @@ def _add_cells(
         for _, cells, _ in iter_flat_cells(counts, column_genes, target_sum=entropy.target_sum):
             entropy.update(cells.token_ids, cells.values, cells.n_cells, measured=is_measured)
             bar.update(cells.n_cells)
+
+
+def _wanted_genes(
+    names: Sequence[str], entropy: GeneEntropy, candidates: GeneVocabulary
+) -> tuple[np.ndarray, list[str]]:
+    """Find genes by name; names of genes that no cell expresses come back as missing."""
+    if not names:
+        return np.zeros(0, dtype=np.int64), []
+    aliases = {name: candidates.token_ids[gene_id] for name, gene_id in candidates.aliases.items()}
+    columns = {"keep_genes": [clean_name(name) for name in names]}
+    found = find_genes(columns, candidates.gene_token_ids, candidates.symbol_token_ids, aliases)
+    genes = np.array([-1 if token is None else token - candidates.n_special_tokens for token, _ in found])
+    is_expressed = np.append(entropy.histogram[:, 1:].sum(axis=1) > 0, False)  # the last: not found
+    is_found = is_expressed[genes]
+    missing = [name for name, found in zip(names, is_found, strict=True) if not found]
+    if missing:
+        logger.warning(
+            "%d of %d genes to keep are expressed in no cell of the files and left out: %s.",
+            len(missing), len(names), ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else ""),
+        )  # fmt: skip
+    return genes[is_found], missing
 
 
 def _kept_genes(entropy: GeneEntropy, *, min_cells: int, n_genes: int | None) -> np.ndarray:
