@@ -167,27 +167,6 @@ def test_hidden_value_and_hidden_gene_are_told_apart():
     )  # the default: hidden together
 
 
-def test_normalised_embeddings_share_a_token_evenly():
-    torch.manual_seed(0)
-    cells, values = (
-        (torch.tensor([[LAT, 7, 8]]), torch.tensor([[LAT, 9, 10]])),
-        torch.tensor([[0.0, 1.0, 2.0]]),
-    )
-    moves = {}
-    for is_normalised in (False, True):
-        model = ScDivaModel(tiny_config(normalize_embeddings=is_normalised)).eval()
-        states = []
-        for _ in range(2):  # values ever louder, as training makes them
-            with torch.no_grad():
-                for parameter in model.value_embedding.out_proj.parameters():
-                    parameter.mul_(100.0)
-            states.append([model(ids, values).last_hidden_state for ids in cells])
-        moves[is_normalised] = [(one - other).norm() for one, other in states]
-    torch.testing.assert_close(states[1][0], states[0][0], rtol=0.0, atol=1e-3)
-    assert moves[False][1] < 0.1 * moves[False][0]  # the genes are drowned
-    assert moves[True][1] > 0.9 * moves[True][0]
-
-
 def test_inputs_embeds_stand_in_for_tokens():
     model = diffusion_model()
     inputs = without_targets(make_inputs())
