@@ -158,3 +158,47 @@ def test_results_become_tables(
     assert [row.split("|")[2].strip() for row in rows] == [
         "**scdiva_lat**", "random_weights_lat", "pca_50", "depth",
     ]  # fmt: skip
+
+
+def test_ablations_go_on_where_they_stopped(
+    cell_files: dict[str, Path],
+    corpus_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    network = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    network |= {"exclude_visible_genes": True, "value_head": "gene", "normalize_embeddings": True}
+    (tmp_path / "network.json").write_text(json.dumps(network))
+    words = ["--data", *map(str, cell_files.values()), "--tokenizer", str(corpus_folder / "tokenizer")]
+    words += ["--config", str(tmp_path / "network.json"), "--run", str(tmp_path / "run"), "--n_steps", "2"]
+    words += [
+        "--batch_size",
+        "8",
+        "--n_cells",
+        "6",
+        "--n_probe_cells",
+        "80",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+
+    def call(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["run_ablations.py", *words, *more])
+        runpy.run_path(str(BENCHMARKS / "run_ablations.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    assert "Not all variants: no result file." in call("--variants", "embeddings normalised", "no anchor")
+    first = (tmp_path / "run" / "no_anchor" / "scores.json").stat().st_mtime_ns
+    assert "wrote " in call()
+    assert (tmp_path / "run" / "no_anchor" / "scores.json").stat().st_mtime_ns == first  # not run again
+    (path,) = (tmp_path / "out").glob("*_ablations.json")
+    rows = {row["method"]: row for row in json.loads(path.read_text("utf-8"))["numbers"]}
+    assert len(rows) == 12
+    assert rows["no rotary positions"]["published"] == "F1 0.83, with them 0.84"
+    assert "lat_f1_at_depth_1" not in rows["no anchor"]
+    losses = {name: row["gene_loss"] for name, row in rows.items()}
+    assert len(set(losses.values())) == 12  # every switch changes something
+    for name in ("base", "embeddings_normalised"):
+        settings = json.loads((tmp_path / "run" / name / "network.json").read_text("utf-8"))
+        assert settings["normalize_embeddings"] == (name != "base")
