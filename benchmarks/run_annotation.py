@@ -135,7 +135,7 @@ def title_of(task: Task, n_folds: int | None) -> str:
         return f"{task.file} to {task.test_file}"
     if task.group_key is None:
         return f"{task.file}, {n_folds or 5} folds of cells out"
-    held_out = f"each {task.group_key}" if n_folds is None else f"{n_folds} folds of {task.group_key}s"
+    held_out = f"each {task.group_key}" if n_folds is None else f"{n_folds} folds by {task.group_key}"
     return f"{task.file}, {held_out} out"
 
 
