@@ -15,8 +15,10 @@ from modeling_scdiva.metrics.perturbation_baselines import (
     gene_factors,
     linear_model,
     matching_mean,
+    nearest_perturbations,
     no_change,
     perturbed_mean,
+    random_forest,
     split_half_deltas,
 )
 
@@ -86,6 +88,34 @@ def test_perturbation_without_factors_gets_the_mean(deltas):
     assert np.abs(found[0] - deltas.mean(axis=0)).max() > 0.01
     nothing = linear_model(deltas, np.full((12, 3), np.nan), test_factors=new, gene_side=genes)
     np.testing.assert_allclose(nothing, np.tile(deltas.mean(axis=0), (2, 1)))
+
+
+def test_nearest_perturbations_by_hand(deltas):
+    rng = np.random.default_rng(3)
+    factors, new = rng.normal(size=(12, 3)), rng.normal(size=(4, 3))
+    factors[2], new[3] = np.nan, np.nan
+    found = nearest_perturbations(deltas, factors, test_factors=new)
+    for row in range(3):
+        order = np.argsort(np.nan_to_num(((factors - new[row]) ** 2).sum(axis=1), nan=np.inf))
+        np.testing.assert_allclose(found[row], deltas[order[:5]].mean(axis=0))
+    np.testing.assert_allclose(found[3], deltas.mean(axis=0))
+    few = nearest_perturbations(deltas[:2], factors[:2], test_factors=new)
+    np.testing.assert_allclose(few, np.tile(deltas[:2].mean(axis=0), (4, 1)))
+    nothing = nearest_perturbations(deltas, np.full((12, 3), np.nan), test_factors=new)
+    np.testing.assert_allclose(nothing, np.tile(deltas.mean(axis=0), (4, 1)))
+
+
+def test_random_forest_learns_from_factors():
+    rng = np.random.default_rng(4)
+    factors = rng.choice([-1.0, 1.0], size=(60, 2))
+    changes = np.stack([factors[:, 0], 2 * factors[:, 1], factors.prod(axis=1)], axis=1)
+    new = np.array([[1.0, 1.0], [-1.0, 1.0], [np.nan, 1.0]])
+    found = random_forest(changes, factors, test_factors=new)
+    np.testing.assert_allclose(found[:2], [[1, 2, 1], [-1, 2, -1]], atol=0.05)
+    np.testing.assert_allclose(found[2], changes.mean(axis=0))
+    one_gene = random_forest(changes[:, :1], factors, test_factors=new)
+    assert one_gene.shape == (3, 1)
+    np.testing.assert_array_equal(found, random_forest(changes, factors, test_factors=new))
 
 
 def test_split_halves_are_disjoint():

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score
+from sklearn.metrics.pairwise import rbf_kernel
 
 from modeling_scdiva.metrics.perturbation import (
     de_auprc,
     energy_distance,
     hit_rates,
     lfc_spearman,
+    maximum_mean_discrepancy,
     mean_scores,
     pearson_delta,
     perturbation_discrimination,
@@ -191,6 +193,35 @@ def test_welch_equals_scipy():
     np.testing.assert_allclose(found["p_values"][varied], expected.pvalue)
     assert (found["t"][3], found["p_values"][3], found["fdr"][3]) == (0.0, 1.0, 1.0)
     np.testing.assert_allclose(found["fdr"], stats.false_discovery_control(found["p_values"]))
+
+
+def test_weighted_r2_by_hand(changes):
+    predicted, true, de_scores, is_de = changes
+    weights = np.random.default_rng(6).random(G)
+    found = perturbation_scores(predicted, true, de_scores=de_scores, is_de=is_de, gene_weights=weights)[
+        "weighted_r2"
+    ]
+    means = np.average(true, axis=1, weights=weights)[:, None]
+    expected = 1 - ((predicted - true) ** 2 @ weights) / ((true - means) ** 2 @ weights)
+    np.testing.assert_allclose(found, expected)
+
+
+def test_maximum_mean_discrepancy_equals_scikit_learns_kernels_and_is_unbiased():
+    rng = np.random.default_rng(5)
+    first, second = rng.normal(size=(9, 4)), rng.normal(1.0, size=(12, 4))
+    width = np.median([np.linalg.norm(a - b) for i, a in enumerate(second) for b in second[:i]])
+    expected = 0.0
+    for scale in (0.25, 0.5, 1, 2, 4):
+        gamma = 0.5 / (scale * width) ** 2
+        own = [rbf_kernel(cells, gamma=gamma) for cells in (first, second)]
+        within = sum((kernel.sum() - len(kernel)) / (len(kernel) * (len(kernel) - 1)) for kernel in own)
+        expected += (within - 2 * rbf_kernel(first, second, gamma=gamma).mean()) / 5
+    assert maximum_mean_discrepancy(first, second) == pytest.approx(expected, abs=1e-12)
+    same = [maximum_mean_discrepancy(rng.normal(size=(15, 3)), rng.normal(size=(25, 3))) for _ in range(200)]
+    assert np.mean(same) == pytest.approx(0.0, abs=3 * np.std(same) / np.sqrt(200))
+    assert maximum_mean_discrepancy(first, second) > maximum_mean_discrepancy(first + 1.0, second)
+    with pytest.raises(ValueError, match="second cloud are the same point"):
+        maximum_mean_discrepancy(first, np.ones((5, 4)))
 
 
 def test_energy_distance_by_hand_and_unbiased():

@@ -10,7 +10,7 @@ Notable choices:
 - The ceiling is one half of the real cells predicting the other. It is scored against half of the cells, so
   with few cells a method that shares noise with nothing may come near it.
 - Clouds of cells: every method moves the same real controls by its change and is compared with real perturbed
-  cells by energy distance in principal components of training cells.
+  cells by energy distance and maximum mean discrepancy in principal components of training cells.
 
 Dimensions: N cells, P perturbations, G genes.
 Source: METHOD.md sections 7 and 8; Ahlmann-Eltze et al. 2025; Vinas Torne et al. 2025 (Systema); cell-eval2.
@@ -37,6 +37,7 @@ from modeling_scdiva.metrics.intervals import bootstrap_interval, paired_bootstr
 from modeling_scdiva.metrics.perturbation import (
     energy_distance,
     is_degenerate,
+    maximum_mean_discrepancy,
     mean_scores,
     perturbation_discrimination,
     perturbation_scores,
@@ -69,8 +70,8 @@ MODEL, RANDOM_WEIGHTS, REFERENCE = (
 )
 COLUMNS = (
     "data", "method", "pearson_delta", "pearson_delta_centroid", "pearson_delta_top20",
-    "mean_squared_top20_error", "weighted_squared_error", "de_auprc", "lfc_spearman", "hit_rate_20",
-    "discrimination", "energy_distance", "n_degenerate", "n_units", "n_seeds",
+    "mean_squared_top20_error", "weighted_squared_error", "weighted_r2", "de_auprc", "lfc_spearman",
+    "hit_rate_20", "discrimination", "energy_distance", "mmd", "n_degenerate", "n_units", "n_seeds",
 )  # fmt: skip
 HEADLINES = ("pearson_delta", "pearson_delta_centroid", "weighted_squared_error", "discrimination")
 
@@ -88,7 +89,7 @@ class PerturbationProtocol:
         seeds: One full run each: splits, controls, fresh decoder, training.
         min_cells: Perturbations (and levels) with fewer perturbed cells are left out, and reported.
         n_control_cells: Controls from which a change is predicted.
-        n_distance_cells: Perturbed cells in an energy distance.
+        n_distance_cells: Perturbed cells in a distance between clouds.
         n_splits: Splits of the ceiling.
         with_random_weights: Also fine-tune the network from random weights.
     """
@@ -238,8 +239,8 @@ def _add_baselines(
     run: dict[str, _Scores], data: FoldData, protocol: PerturbationProtocol, seed: int
 ) -> None:
     for method, deltas in data.baseline_deltas().items():
-        clouds = [_cloud_distance(data, name, delta, protocol, seed) for name, delta in _named(data, deltas)]
-        _add(run[method], data, deltas, data.truth.deltas, energy=clouds)
+        clouds = [_cloud_distances(data, name, delta, protocol, seed) for name, delta in _named(data, deltas)]
+        _add(run[method], data, deltas, data.truth.deltas, clouds=clouds)
     halves = []
     for one, other in data.split_halves(n_splits=protocol.n_splits, seed=seed):
         halves.append(_scored(data, one, other))
@@ -262,19 +263,20 @@ def _add_model(
         ):
             moved[places] = found
         deltas.append(moved.mean(axis=0))
-        clouds.append(_cloud_distance(data, name, moved, protocol, seed))
-    _add(scores, data, np.stack(deltas), data.truth.deltas, energy=clouds)
+        clouds.append(_cloud_distances(data, name, moved, protocol, seed))
+    _add(scores, data, np.stack(deltas), data.truth.deltas, clouds=clouds)
 
 
-def _cloud_distance(
+def _cloud_distances(
     data: FoldData, name: str, delta: np.ndarray, protocol: PerturbationProtocol, seed: int
-) -> float:
-    """Energy distance of controls moved by a change, (G,) or one per control (n, G), to perturbed cells."""
+) -> dict[str, float]:
+    """Distances of controls moved by a change, (G,) or one per control (n, G), to perturbed cells."""
     controls = data.draw_controls(name, n_cells=protocol.n_control_cells, seed=seed)
     perturbed = data.draw_perturbed(name, n_cells=protocol.n_distance_cells, seed=seed)
     mean, axes = data.components
     moved = data.cells.dense(controls, data.gene_ids) + delta
-    return energy_distance((moved - mean) @ axes, (data.cells.dense(perturbed, data.gene_ids) - mean) @ axes)
+    clouds = (moved - mean) @ axes, (data.cells.dense(perturbed, data.gene_ids) - mean) @ axes
+    return {"energy_distance": energy_distance(*clouds), "mmd": maximum_mean_discrepancy(*clouds)}
 
 
 def _named(data: FoldData, deltas: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -312,12 +314,19 @@ def _scored(data: FoldData, predicted: np.ndarray, true: np.ndarray) -> dict[str
 
 
 def _add(
-    scores: _Scores, data: FoldData, predicted: np.ndarray, true: np.ndarray, *, energy: list[float]
+    scores: _Scores,
+    data: FoldData,
+    predicted: np.ndarray,
+    true: np.ndarray,
+    *,
+    clouds: list[dict[str, float]],
 ) -> None:
     _add_units(scores, data)
     for name, values in _scored(data, predicted, true).items():
         scores.values[name] += values.tolist()
-    scores.values["energy_distance"] += energy
+    for of_perturbation in clouds:
+        for name, distance in of_perturbation.items():
+            scores.values[name].append(distance)
     for row, wanted in zip(predicted, true, strict=True):
         full = np.full((2, int(data.gene_ids.max()) + 1), np.nan)
         full[0, data.gene_ids], full[1, data.gene_ids] = row, wanted

@@ -206,7 +206,14 @@ class FoldData:
         _, _, axes = np.linalg.svd(embeddings[self.gene_ids], full_matrices=False)
         factors = embeddings @ axes[: baselines.N_FACTORS].T
         factors /= factors[self.gene_ids].std()  # trained embeddings are small, and the penalty is fixed
-        found["linear on scDiVa genes"] = self._linear_on_targets(factors, np.arange(len(factors)))
+        every_token = np.arange(len(factors))
+        found["linear on scDiVa genes"] = self._linear_on_targets(factors, every_token)
+        known, wanted = self._target_factors(embeddings, every_token)
+        for method, predict in (
+            ("nearest targets by scDiVa genes", baselines.nearest_perturbations),
+            ("random forest on scDiVa genes", baselines.random_forest),
+        ):
+            found[method] = predict(self.training_deltas, known, test_factors=wanted)
         return found
 
     def split_halves(self, *, n_splits: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -299,6 +306,17 @@ class FoldData:
     def _linear_on_targets(self, factors: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Predict from factors (n, K) of the genes ``tokens`` (n,); a target outside them has none."""
         row_of = {int(token): row for row, token in enumerate(tokens)}
+        known, wanted = self._target_factors(factors, tokens)
+        return baselines.linear_model(
+            self.training_deltas,
+            known,
+            test_factors=wanted,
+            gene_side=factors[[row_of[int(token)] for token in self.gene_ids]],
+        )
+
+    def _target_factors(self, factors: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean factors of the targets of training and test perturbations, NaN where one has none."""
+        row_of = {int(token): row for row, token in enumerate(tokens)}
 
         def of_perturbations(names: Sequence[str]) -> np.ndarray:
             found = np.full((len(names), factors.shape[1]), np.nan)
@@ -308,12 +326,7 @@ class FoldData:
                     found[row] = factors[own].mean(axis=0)
             return found
 
-        return baselines.linear_model(
-            self.training_deltas,
-            of_perturbations(self.pooled.names),
-            test_factors=of_perturbations(self.truth.names),
-            gene_side=factors[[row_of[int(token)] for token in self.gene_ids]],
-        )
+        return of_perturbations(self.pooled.names), of_perturbations(self.truth.names)
 
     def _linear_on_controls(self) -> np.ndarray:
         """Predict from principal components of the control profile of a level."""

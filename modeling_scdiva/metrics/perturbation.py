@@ -30,6 +30,8 @@ from scipy.spatial.distance import cdist
 
 N_TOP_GENES = 20
 FDR_LIMIT = 0.05
+# Gaussian kernels of the maximum mean discrepancy, in median distances.
+MMD_WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 # Variation over genes below this share of the largest change is rounding.
 ROUNDING = 1e-6
 
@@ -102,9 +104,12 @@ def perturbation_scores(
         Name -> (P,) values. ``pearson_delta``, ``pearson_delta_centroid`` (after subtracting
         ``training_mean``), both also over the 20 strongest genes of the truth (``_top20``), in [-1, 1], best
         1; ``mean_squared_error``, also ``_top20_error``, and ``weighted_squared_error``, best 0;
+        ``weighted_r2``, the share of the weighted variance over the genes that is explained, best 1;
         ``de_auprc`` and ``lfc_spearman``, NaN where nothing responds; ``hit_rate_20``, ``de_precision_20``;
         ``discrimination`` when there are two perturbations or more, 0.5 without information, best 1.
     """
+    from sklearn.metrics import r2_score
+
     predicted, true = _checked_pair(predicted, true)
     de_scores, is_de = np.asarray(de_scores, dtype=np.float64), np.asarray(is_de, dtype=bool)
     _check_shape("de_scores", de_scores, true.shape)
@@ -125,6 +130,7 @@ def perturbation_scores(
         "mean_squared_error": squared.mean(axis=1),
         "mean_squared_top20_error": np.take_along_axis(squared, top, 1).mean(axis=1),
         "weighted_squared_error": squared @ weights / weights.sum(),
+        "weighted_r2": r2_score(true.T, predicted.T, sample_weight=weights, multioutput="raw_values"),
         "de_auprc": de_auprc(predicted, is_de),
         "lfc_spearman": lfc_spearman(predicted, true, is_de),
         "hit_rate_20": hit_rates(predicted, top_genes(np.abs(true))),
@@ -352,6 +358,40 @@ def energy_distance(first: np.ndarray, second: np.ndarray) -> float:
     first, second = _checked_clouds(first, second)
     within = sum(cdist(cells, cells).sum() / (len(cells) * (len(cells) - 1)) for cells in (first, second))
     return float(2.0 * cdist(first, second).mean() - within)
+
+
+def maximum_mean_discrepancy(first: np.ndarray, second: np.ndarray) -> float:
+    """Compare two clouds of cells by the squared maximum mean discrepancy, unbiased.
+
+    The kernel is the mean of five Gaussians whose widths are 1/4, 1/2, 1, 2 and 4 times the median distance
+    between different cells of ``second``; give the real cells there, so that all methods are measured alike.
+
+    Args:
+        first: (n, D) predicted cells, n at least 2.
+        second: (m, D) real cells, not all of them equal.
+
+    Returns:
+        E k(x, x') + E k(y, y') - 2 E k(x, y); expectation 0 for equal distributions, so slightly negative
+        values occur, and at most 2.
+
+    Raises:
+        ValueError: If all cells of ``second`` are one and the same point.
+    """
+    first, second = _checked_clouds(first, second)
+    real = cdist(second, second)
+    if not real.any():
+        msg = "All cells of the second cloud are the same point: their distances give the kernel no width."
+        raise ValueError(msg)
+    width = float(np.median(real[real > 0]))
+
+    def kernel(distances: np.ndarray) -> np.ndarray:
+        return np.mean([np.exp(-0.5 * (distances / (scale * width)) ** 2) for scale in MMD_WIDTHS], axis=0)
+
+    within = 0.0
+    for distances in (cdist(first, first), real):
+        n_cells = len(distances)
+        within += (kernel(distances).sum() - n_cells) / (n_cells * (n_cells - 1))  # not a cell with itself
+    return float(within - 2.0 * kernel(cdist(first, second)).mean())
 
 
 def wasserstein_distance(first: np.ndarray, second: np.ndarray) -> float:

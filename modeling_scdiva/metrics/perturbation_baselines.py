@@ -8,15 +8,18 @@ Notable choices:
 - The ceiling is the data's own noise: half of the cells predict the other half.
 
 Dimensions: P training perturbations, Q perturbations to predict, G genes, K factors, n and m cells.
-Source: Ahlmann-Eltze, Huber and Anders 2025, Nature Methods; Vinas Torne et al. 2025 (Systema).
+Source: Ahlmann-Eltze, Huber and Anders 2025, Nature Methods; Vinas Torne et al. 2025 (Systema); Csendes et
+al. 2025 (random forest).
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 RIDGE = 0.1
 N_FACTORS = 10
+N_NEAREST = 5
 
 
 def no_change(n_perturbations: int, n_genes: int) -> np.ndarray:
@@ -173,6 +176,46 @@ def linear_model(
     return prediction
 
 
+def nearest_perturbations(
+    training_deltas: np.ndarray, training_factors: np.ndarray, *, test_factors: np.ndarray
+) -> np.ndarray:
+    """Predict the mean change of the five perturbations with the nearest factors, of all if there are fewer.
+
+    Args:
+        training_deltas: (P, G) changes.
+        training_factors: (P, K) factors; rows with NaN have none and are nobody's neighbour.
+        test_factors: (Q, K) factors of the perturbations to predict; rows with NaN get the mean of all.
+
+    Returns:
+        (Q, G) changes.
+    """
+    from sklearn.neighbors import KNeighborsRegressor
+
+    n_known = int(np.isfinite(training_factors).all(axis=1).sum())
+    regressor = KNeighborsRegressor(n_neighbors=max(1, min(N_NEAREST, n_known)))
+    return _regression(regressor, training_deltas, training_factors, test_factors)
+
+
+def random_forest(
+    training_deltas: np.ndarray, training_factors: np.ndarray, *, test_factors: np.ndarray, seed: int = 0
+) -> np.ndarray:
+    """Predict changes from factors of the perturbations with a random forest, settings as they come.
+
+    Args:
+        training_deltas: (P, G) changes.
+        training_factors: (P, K) factors; rows with NaN have none and only enter the mean.
+        test_factors: (Q, K) factors of the perturbations to predict; rows with NaN get the mean.
+        seed: Of the forest.
+
+    Returns:
+        (Q, G) changes.
+    """
+    from sklearn.ensemble import RandomForestRegressor
+
+    regressor = RandomForestRegressor(random_state=seed)
+    return _regression(regressor, training_deltas, training_factors, test_factors)
+
+
 def split_half_deltas(
     perturbed: Sequence[np.ndarray], control: np.ndarray, *, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -199,6 +242,20 @@ def split_half_deltas(
     control_halves = _half_means(control, rng)
     halves = [_half_means(cells, rng) - control_halves for cells in perturbed]  # (2, G) each
     return np.stack([half[0] for half in halves]), np.stack([half[1] for half in halves])
+
+
+def _regression(
+    regressor: Any, training_deltas: np.ndarray, training_factors: np.ndarray, test_factors: np.ndarray
+) -> np.ndarray:
+    deltas = _checked(training_deltas)
+    prediction = np.tile(deltas.mean(axis=0), (len(test_factors), 1))
+    is_known = np.isfinite(training_factors).all(axis=1)
+    is_predicted = np.isfinite(test_factors).all(axis=1)
+    if is_known.any() and is_predicted.any():
+        known = deltas[is_known]
+        fitted = regressor.fit(training_factors[is_known], known.ravel() if known.shape[1] == 1 else known)
+        prediction[is_predicted] = fitted.predict(test_factors[is_predicted]).reshape(-1, deltas.shape[1])
+    return prediction
 
 
 def _half_means(cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
