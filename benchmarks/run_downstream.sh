@@ -30,7 +30,7 @@ for task in "${tasks[@]}"; do
             --data "$DATA/pbmc_facs_zheng2017.h5ad" "$DATA/crohn_gut_scp1884.h5ad"
         ;;
     imputation)
-        "$PYTHON" benchmarks/run_imputation.py "${common[@]}" --max_test_cells 60 \
+        "$PYTHON" benchmarks/run_imputation.py "${common[@]}" --max_test_cells 60 --scvi \
             --data "$DATA/pbmc_facs_zheng2017.h5ad" "$DATA/kang2018_ifnb_pbmc.h5ad"
         ;;
     annotation)

@@ -8,6 +8,7 @@ Source: METHOD.md section 8.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import anndata
@@ -35,10 +36,10 @@ from modeling_scdiva.metrics.imputation_baselines import (
     identity,
     knn_smoothing,
     log_expression,
-    scvi_imputation,
 )
 from modeling_scdiva.metrics.reconstruction import cell_value_scores, mean_over_cells
 from modeling_scdiva.metrics.reconstruction_baselines import value_predictions
+from modeling_scdiva.metrics.scvi_baselines import ScviImputer
 from modeling_scdiva.tasks.cells import read_cells
 from modeling_scdiva.tasks.reconstruction import entry_scores, masked_batches, predict_hidden
 
@@ -65,7 +66,7 @@ class ScoredCells:
         var: Table of the G genes.
         name: Of the data.
         seed: Of this run.
-        include_scvi: Train scVI on the training cells for tasks 2 to 4.
+        include_scvi: Train scVI on the training cells, once for tasks 2 to 4.
     """
 
     counts: csr_matrix
@@ -86,6 +87,11 @@ class ScoredCells:
     def training_library_size(self) -> np.ndarray:
         """(M,) molecules of the training cells."""
         return np.asarray(self.training_counts.sum(axis=1)).ravel()
+
+    @cached_property
+    def scvi(self) -> ScviImputer:
+        """Network of scVI that knows the training cells."""
+        return ScviImputer(self.training_counts[:, self.columns], seed=self.seed)
 
     def label(self, what: str) -> str:
         """Name of a task for the table."""
@@ -312,5 +318,5 @@ def _predictions(
         seed=part.seed,
     )
     if part.include_scvi:
-        found[SCVI] = scvi_imputation(visible[:, columns], full_size, training_counts=known, seed=part.seed)
+        found[SCVI] = part.scvi.impute(visible[:, columns], full_size)
     return found

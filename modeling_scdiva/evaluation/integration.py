@@ -29,6 +29,7 @@ from modeling_scdiva.fresh_model import random_weights
 from modeling_scdiva.metrics import integration_baselines as baselines
 from modeling_scdiva.metrics.annotation import depth_features
 from modeling_scdiva.metrics.integration import integration_scores, integration_settings
+from modeling_scdiva.metrics.scvi_baselines import N_SCANVI_EPOCHS, has_scvi, scvi_embedding
 from modeling_scdiva.splits import stratified_subset
 from modeling_scdiva.tasks.cells import CellTokenizer, encoder_of, obs_column, refuse_path, whole_counts
 from modeling_scdiva.tasks.embedding import embed_cells
@@ -52,11 +53,11 @@ class IntegrationProtocol:
         max_cells: More cells are subsampled, evenly over (batch, label), the same for every method.
         subsample_seed: Of that draw.
         unlabelled: Labels that mean "no label": integrated, not scored. A missing entry always is one.
-        n_top_genes: Highly variable genes of PCA, Harmony and scVI.
+        n_top_genes: Highly variable genes of PCA, Harmony, scVI and scANVI.
         n_components: Principal components.
-        n_scvi_epochs: Epochs of scVI; 0 leaves it out, as does its absence.
+        n_scvi_epochs: Epochs of scVI, from which scANVI starts; 0 leaves both out, as does their absence.
         trainable: As in `integrate_batches`.
-        with_label_informed: Run the label-informed mode and its permuted-label control.
+        with_label_informed: Run the label-informed mode, its permuted-label control, and scANVI.
         with_kbet: As in `integration_scores`.
         batch_size: Cells in one forward pass of the frozen encoders.
         show_progress: Show progress bars.
@@ -203,12 +204,15 @@ class _Rivals:
         """Yield name, whether the labels are seen, and the function; no integration comes first."""
         yield f"PCA-{self.protocol.n_components}, not integrated", "no", self.pca
         yield "Harmony", "no", self.harmony
-        if self.protocol.n_scvi_epochs and baselines.has_scvi():
+        with_scvi = self.protocol.n_scvi_epochs and has_scvi()
+        if with_scvi:
             yield "scVI", "no", self.scvi
         yield "scDiVa, frozen", "no", self.frozen
         yield "random-weights scDiVa, frozen", "no", self.random_weights
         yield "scDiVa, label-free", "no", self.label_free
         if self.protocol.with_label_informed:
+            if with_scvi:
+                yield "scANVI", "yes", self.scanvi
             yield "scDiVa, label-informed", "yes", self.label_informed
             yield "control: label-informed scDiVa on permuted labels", "permuted", self.permuted_labels
         yield "control: random Gaussian", "no", self.random
@@ -222,10 +226,13 @@ class _Rivals:
     def harmony(self, seed: int) -> np.ndarray:
         return baselines.harmony_embedding(self.pca(seed), self.batches, seed=seed)
 
-    def scvi(self, seed: int) -> np.ndarray:
+    def scvi(self, seed: int, labels: np.ndarray | None = None) -> np.ndarray:
         counts = self.counts[:, np.flatnonzero(self.is_chosen)]
         n_epochs = self.protocol.n_scvi_epochs
-        return baselines.scvi_embedding(counts, self.batches, n_epochs=n_epochs, seed=seed)
+        return scvi_embedding(counts, self.batches, labels=labels, n_epochs=n_epochs, seed=seed)
+
+    def scanvi(self, seed: int) -> np.ndarray:
+        return self.scvi(seed, self.labels)
 
     def random(self, seed: int) -> np.ndarray:
         n_components = self.protocol.n_components
@@ -306,7 +313,10 @@ def _note(
         f"PCA and Harmony: {protocol.n_top_genes} variable genes chosen within batches, without labels.",
     ]
     if has_scvi:
-        parts.append(f"scVI: {protocol.n_scvi_epochs} epochs on the same genes.")
+        parts.append(
+            f"scVI: {protocol.n_scvi_epochs} epochs on the same genes; scANVI: {N_SCANVI_EPOCHS} more, with "
+            "labels."
+        )
     parts.append(
         "Rows with labels seen were given the labels they are scored on and say nothing about integration; "
         "the one-hot control shows how far that alone carries."

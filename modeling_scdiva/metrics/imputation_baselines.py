@@ -1,4 +1,6 @@
-"""What one would impute without a network: the observed values, gene means, neighbouring cells, scVI.
+"""What one would impute without a network: the observed values, gene means, neighbouring cells.
+
+scVI is in `modeling_scdiva.metrics.scvi_baselines`.
 
 Each takes what the network sees of the scored cells and other cells in full, and gives an expected value and
 a probability of detection for every gene. Nothing is fitted on scored cells.
@@ -13,7 +15,7 @@ Notable choices:
   principal components fitted on the training cells.
 
 Dimensions: N scored cells, M training cells, G genes, P components.
-Source: METHOD.md section 8. scVI: Lopez et al. 2018.
+Source: METHOD.md section 8.
 """
 
 from typing import Any, NamedTuple
@@ -104,11 +106,19 @@ def gene_mean_depth(
     """
     totals = np.asarray(checked_counts(training_counts).sum(axis=0)).ravel()
     share = totals / max(float(np.sum(training_library_size)), 1.0)  # (G,) of all molecules
-    return _of_share(share[None, :], library_size)
+    return of_share(share[None, :], library_size)
 
 
-def _of_share(share: np.ndarray, library_size: np.ndarray) -> Imputation:
-    """Turn shares of molecules (N, G) or (1, G) into what Poisson counts at a depth (N,) let expect."""
+def of_share(share: np.ndarray, library_size: np.ndarray) -> Imputation:
+    """Turn shares of molecules into what Poisson counts at a depth let expect.
+
+    Args:
+        share: (N, G) or (1, G) share of each gene in the molecules of a cell.
+        library_size: (N,) molecules of the cells.
+
+    Returns:
+        Expected value, and 1 - exp(-share * library size).
+    """
     sizes = np.asarray(library_size, dtype=np.float64)[:, None]
     mean_count = sizes * share
     probability = -np.expm1(-mean_count)
@@ -134,7 +144,7 @@ def given_silent(imputed: Imputation, library_size: np.ndarray, *, kept_fraction
     """
     mean_count = -np.log1p(-np.minimum(imputed.probability, 1.0 - 1e-15)) * (1.0 - kept_fraction)
     sizes = np.maximum(np.asarray(library_size, dtype=np.float64)[:, None], 1.0)
-    return _of_share(mean_count / sizes, sizes[:, 0])
+    return of_share(mean_count / sizes, sizes[:, 0])
 
 
 def knn_smoothing(
@@ -185,45 +195,3 @@ def knn_smoothing(
     )
     rate = (weights @ (expression > 0)).toarray()
     return Imputation((weights @ expression).toarray(), np.minimum(rate, 1.0))  # 15 fifteenths round above 1
-
-
-def scvi_imputation(
-    counts: Any,
-    library_size: np.ndarray,
-    *,
-    training_counts: Any,
-    max_epochs: int = 100,
-    seed: int = 0,
-) -> Imputation:
-    """Decode the scored cells with scVI, trained on the training cells.
-
-    Args:
-        counts: (N, G) raw counts that are visible of the scored cells; scVI takes what is not for zero.
-        library_size: (N,) molecules of the scored cells at full depth, known or extrapolated.
-        training_counts: (M, G) raw counts of other cells, in full.
-        max_epochs: Passes over the training cells.
-        seed: Of scVI; its global seed is set.
-
-    Returns:
-        Expected value and probability of Poisson counts of the decoded shares.
-
-    Raises:
-        ImportError: If scvi-tools is not installed.
-    """
-    try:
-        import scvi
-    except ImportError as error:
-        msg = 'This baseline needs the package scvi-tools: pip install "scdiva[eval-full]"'
-        raise ImportError(msg) from error
-    import anndata
-
-    scvi.settings.seed = seed
-    training, scored = (
-        anndata.AnnData(checked_counts(matrix).astype(np.float32)) for matrix in (training_counts, counts)
-    )
-    scvi.model.SCVI.setup_anndata(training)
-    network = scvi.model.SCVI(training)
-    network.train(max_epochs=max_epochs, accelerator="cpu", enable_progress_bar=False, logger=False)
-    scvi.model.SCVI.setup_anndata(scored)
-    share = np.asarray(network.get_normalized_expression(scored, library_size=1.0), dtype=np.float64)
-    return _of_share(share, library_size)

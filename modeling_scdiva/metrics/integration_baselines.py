@@ -1,32 +1,30 @@
-"""What integration is compared with: PCA, Harmony, scVI, and controls that show what a score is worth.
+"""What integration is compared with: PCA, Harmony, and controls that show what a score is worth.
+
+scVI and scANVI are in `modeling_scdiva.metrics.scvi_baselines`.
 
 Notable choices:
-- PCA, Harmony and scVI get the same genes: highly variable ones, chosen within batches, without labels.
+- PCA, Harmony and the two of scvi-tools get the same genes: highly variable ones, chosen within batches,
+  without labels.
 - The label one-hot control knows the labels and nothing else. It wins Avg-Bio and Avg-Batch, which shows what
   these averages say about a method that has seen the labels.
 - Random vectors win the batch silhouette, which shows what that one is worth.
-- Nothing is held out here: integration embeds the cells it is fitted on, and no method but the control is
-  given labels.
+- Nothing is held out here: integration embeds the cells it is fitted on, and no method here but the control
+  is given labels.
 
 Dimensions: N cells, G genes, D components.
-Source: Korsunsky et al. 2019 (Harmony); Lopez et al. 2018 (scVI); Luecken et al. 2022 (recipe).
+Source: Korsunsky et al. 2019 (Harmony); Luecken et al. 2022 (recipe).
 """
 
-import importlib.util
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.sparse import csr_matrix
 
 from modeling_scdiva.metrics.annotation import log_normalise, pca_features
 
 ONE_HOT_NOISE = 0.1
-SCVI_LATENT = 10
 
 
 def highly_variable_genes(
@@ -114,47 +112,6 @@ def harmony_embedding(
     return np.ascontiguousarray(corrected, dtype=np.float32)
 
 
-def has_scvi() -> bool:
-    """Say whether scvi-tools is installed, without importing it."""
-    return importlib.util.find_spec("scvi") is not None
-
-
-def scvi_embedding(
-    counts: Any, batches: Sequence[Any] | np.ndarray, *, n_epochs: int = 20, seed: int = 0
-) -> np.ndarray:
-    """Integrate with scVI: the posterior mean of its latent space, ten dimensions, settings as they come.
-
-    Args:
-        counts: (N, G) raw counts of the genes to use.
-        batches: (N,) technical batch of each cell.
-        n_epochs: Passes over the cells; its authors take up to 400, so few make a weak baseline.
-        seed: Of initialisation, shuffle and draws.
-
-    Returns:
-        (N, 10) float32.
-
-    Raises:
-        ImportError: If scvi-tools is not installed.
-    """
-    if not has_scvi():
-        msg = 'scVI needs scvi-tools: pip install "scdiva[eval-full]"'
-        raise ImportError(msg)
-    with _global_states_kept():
-        import scvi
-        from anndata import AnnData
-
-        scvi.settings.seed = seed
-        adata = AnnData(csr_matrix(counts, dtype=np.float32))
-        adata.obs["batch"] = pd.Categorical(np.asarray(batches).astype(str))
-        scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
-        model = scvi.model.SCVI(adata, n_latent=SCVI_LATENT)
-        model.train(
-            max_epochs=n_epochs, accelerator="auto", devices=1, enable_progress_bar=False, logger=False,
-            enable_checkpointing=False, enable_model_summary=False,
-        )  # fmt: skip
-        return np.asarray(model.get_latent_representation(), dtype=np.float32)
-
-
 def random_embedding(n_cells: int, *, n_components: int = 50, seed: int = 0) -> np.ndarray:
     """Draw Gaussian vectors that know nothing.
 
@@ -182,15 +139,3 @@ def label_one_hot(labels: Sequence[Any] | np.ndarray, *, seed: int = 0) -> np.nd
     names, codes = np.unique(np.asarray(labels).astype(str), return_inverse=True)
     noise = np.random.default_rng(seed).normal(scale=ONE_HOT_NOISE, size=(len(codes), len(names)))
     return (np.eye(len(names))[codes] + noise).astype(np.float32)
-
-
-@contextmanager
-def _global_states_kept() -> Iterator[None]:
-    """Put the global generators back that a library seeds."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
