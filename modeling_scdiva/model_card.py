@@ -7,8 +7,8 @@ A result file is JSON with at least
      "baselines": [{"data": "pbmc", "method": "PCA-50", "knn_accuracy": 0.8, "knn_accuracy_sd": 0.01}]}
 
 `numbers` are rows of this model, `baselines` rows of others on the same cells; a row is flat and holds texts
-and numbers. `x_sd` is the spread of `x` and is printed behind it. Rows of the same `data` stand together,
-this model first.
+and numbers. `x_sd` is the spread of `x`, `x_low` and `x_high` bound it; they are printed behind it. Rows of
+the same `data` stand together, this model first.
 Optional: `note`, a sentence under the table; `columns`, those to show, in this order. Other keys (commit,
     seed, hardware, versions) are for the record.
 
@@ -17,7 +17,7 @@ The engine is `string.Template`: a card needs no more, and a template engine wou
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 NEEDED_KEYS = ("title", "command", "numbers", "baselines")
 SPREAD_ENDING = "_sd"
+INTERVAL_ENDINGS = ("_low", "_high")
 
 
 def find_template(template: str | Path | None = None) -> Path:
@@ -160,23 +161,30 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = No
     if columns is None:
         found = dict.fromkeys(key for row in rows for key in row)
         first = [name for name in ("data", "method") if name in found]
-        columns = first + [key for key in found if key not in first and not _is_spread(key, found)]
+        columns = first + [key for key in found if key not in first and not is_uncertainty(key, found)]
     lines = [
         "| " + " | ".join(name.replace("_", " ") for name in columns) + " |",
         "|" + " --- |" * len(columns),
     ]
-    lines += ["| " + " | ".join(_cell(row, name) for name in columns) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(with_uncertainty(row, name, _written) for name in columns) + " |" for row in rows
+    ]
     return "\n".join(lines)
 
 
-def _is_spread(key: str, keys: Mapping[str, None]) -> bool:
-    return key.endswith(SPREAD_ENDING) and key.removesuffix(SPREAD_ENDING) in keys
+def is_uncertainty(key: str, keys: Container[str]) -> bool:
+    """Say whether a number of a row is the spread of another one, or bounds it."""
+    endings = (SPREAD_ENDING, *INTERVAL_ENDINGS)
+    return any(key.endswith(ending) and key.removesuffix(ending) in keys for ending in endings)
 
 
-def _cell(row: Mapping[str, Any], name: str) -> str:
-    value, spread = row.get(name), row.get(name + SPREAD_ENDING)
-    text = _written(value)
-    return text if spread is None else f"{text} ± {_written(spread)}"
+def with_uncertainty(row: Mapping[str, Any], name: str, written: Callable[[Any], str]) -> str:
+    """Write a number of a row with its spread and interval, where it has them: 0.9 ± 0.01 [0.88, 0.92]."""
+    spread, low, high = (row.get(name + ending) for ending in (SPREAD_ENDING, *INTERVAL_ENDINGS))
+    text = written(row.get(name))
+    if spread is not None:
+        text += f" ± {written(spread)}"
+    return text if low is None or high is None else f"{text} [{written(low)}, {written(high)}]"
 
 
 # Write a number to three decimals, or to three digits where it is small; whole numbers with separators.

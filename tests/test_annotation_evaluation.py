@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from modeling_scdiva.evaluation.annotation import AnnotationProtocol, _share, evaluate_annotation
+from modeling_scdiva.evaluation.annotation import AnnotationProtocol, evaluate_annotation
 from modeling_scdiva.evaluation.annotation_methods import (
     METHOD_NAMES,
     MethodRunner,
@@ -174,13 +174,6 @@ def test_model_stays_as_it_is(model, tokenizer):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     evaluate(model, tokenizer, methods=("lora", "full", "majority"), seeds=(0,), n_folds=2)
     assert all((tensor == before[name]).all() for name, tensor in model.state_dict().items())
-
-
-def test_intervals_are_of_the_accuracy_that_is_printed():
-    """Two donors of ten and two cells: resamples are both, or one of them twice."""
-    share = _share(np.array([9.0, 0.0]), np.array([10.0, 2.0]))
-    found = share(np.array([[0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]), axis=-1)
-    np.testing.assert_allclose(found, [9 / 12, 9 / 10, 0.0])
 
 
 def test_baselines_see_the_counts_that_the_network_sees(tokenizer):

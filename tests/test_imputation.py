@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from modeling_scdiva.evaluation import write_result
+from modeling_scdiva.evaluation import format_result, write_result
 from modeling_scdiva.evaluation.imputation import evaluate_imputation, imputation_figures
 from modeling_scdiva.evaluation.imputation_tasks import ScoredCells, entry_task
 from modeling_scdiva.metrics.imputation import (
@@ -243,6 +243,10 @@ def test_evaluation_gives_rows_of_every_task(model, tokenizer, tmp_path):
         assert methods == simple | {"scDiVa, random weights"}
     rows = {(row["data"], row["method"]): row for row in result["baselines"]}
     assert all(row["n_seeds"] == 2 for row in rows.values())
+    for row in [*result["numbers"], *rows.values()]:
+        assert row["mae_low"] <= row["mae"] <= row["mae_high"]
+    some = result["numbers"][0]
+    assert f"[{some['mae_low']:.3f}, {some['mae_high']:.3f}]" in format_result(result)
     assert rows["toy, 0.25 x depth, genes without a molecule", "identity"]["auroc"] == 0.5
     assert rows["toy, 0.25 x depth, all genes", "gene mean"]["gene_pearson"] == 0.0
     for share in (10, 50, 90):  # what is hidden is not in what is seen

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from modeling_scdiva.metrics.intervals import bootstrap_interval, paired_bootstrap_difference
+from modeling_scdiva.metrics.intervals import bootstrap_interval, paired_bootstrap_difference, ratio_of_sums
 
 
 def test_equals_percentiles_of_resampled_means():
@@ -48,6 +48,23 @@ def test_any_statistic():
     assert low < np.median(values) < high
     found = paired_bootstrap_difference(values, values + 1, statistic=spread, n_resamples=100)
     assert found["difference"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_ratio_of_sums_weighs_units_and_covers_the_truth():
+    totals, counts = np.array([1.0, 9.0, 2.0]), np.array([1.0, 3.0, 4.0])
+    statistic = ratio_of_sums(totals, counts)
+    assert statistic(np.arange(3.0)) == pytest.approx(12 / 8)
+    np.testing.assert_allclose(statistic(np.array([[0, 0, 1], [2, 2, 2]]), axis=-1), [11 / 5, 0.5])
+    rng = np.random.default_rng(0)
+    n_covered = 0
+    for _ in range(100):
+        counts = rng.integers(1, 20, 50)
+        totals = np.array([rng.normal(2.0, 1.0, n).sum() for n in counts])
+        low, high = bootstrap_interval(
+            np.arange(50), statistic=ratio_of_sums(totals, counts), n_resamples=400
+        )
+        n_covered += low <= 2.0 <= high
+    assert n_covered >= 86  # of 100 at 95 %; fewer happen once in ten thousand times
 
 
 def test_equal_units_give_a_point():

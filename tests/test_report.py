@@ -95,6 +95,15 @@ def test_table_keeps_rows_of_one_data_set_together(capsys):
     assert note == "Two data sets."
 
 
+def test_spread_and_interval_stand_behind_their_number(tmp_path):
+    row = {"data": "b", "method": "scDiVa", "mae": 0.3, "mae_sd": 0.01, "mae_low": 0.28, "mae_high": 0.33}
+    result = RESULT | {"numbers": [row], "columns": None}
+    assert "0.300 ± 0.010 [0.280, 0.330]" in format_result(result)
+    assert "mae low" not in format_result(result)
+    path = write_result(result, tmp_path / "found.json", "toy", arguments=["run"])
+    assert "0.300 ± 0.010 [0.280, 0.330]" in result_section(path)
+
+
 def test_columns_are_those_named():
     table = format_result(RESULT | {"columns": ["method", "macro_f1"]})
     assert table.splitlines()[1].split() == ["method", "macro", "f1"]

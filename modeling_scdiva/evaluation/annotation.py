@@ -18,7 +18,7 @@ Source: METHOD.md section 7.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ from modeling_scdiva.evaluation.report import summarise
 from modeling_scdiva.metrics.annotation_baselines import ClassProbabilities
 from modeling_scdiva.metrics.calibration import LOWEST_PROBABILITY, calibration_scores
 from modeling_scdiva.metrics.classification import class_scores, classification_scores
-from modeling_scdiva.metrics.intervals import bootstrap_interval, paired_bootstrap_difference
+from modeling_scdiva.metrics.intervals import bootstrap_interval, paired_bootstrap_difference, ratio_of_sums
 from modeling_scdiva.splits import CellSplit, leave_groups_out, split_validation, stratified_folds
 from modeling_scdiva.tasks.annotation import calibrate
 from modeling_scdiva.tasks.cells import CellTokenizer, check_vocabulary, obs_column, refuse_path, shown
@@ -300,7 +300,7 @@ def _pool(
 
 def _row(runs: Sequence[_Run], table: CellTable) -> dict[str, Any]:
     right, sizes = _unit_counts(runs, table)
-    low, high = bootstrap_interval(np.arange(len(sizes)), statistic=_share(right, sizes))
+    low, high = bootstrap_interval(np.arange(len(sizes)), statistic=ratio_of_sums(right, sizes))
     return summarise([run.numbers for run in runs]) | {"accuracy_low": low, "accuracy_high": high}
 
 
@@ -321,16 +321,6 @@ def _unit_counts(runs: Sequence[_Run], table: CellTable) -> tuple[np.ndarray, np
         return values, np.ones(len(values))
     units = np.unique(table.groups[is_scored], return_inverse=True)[1]
     return np.bincount(units, weights=values), np.bincount(units).astype(np.float64)
-
-
-def _share(right: np.ndarray, sizes: np.ndarray) -> Callable[..., Any]:
-    """Return a function that gives the accuracy of resampled units, which come as their places."""
-
-    def accuracy(places: np.ndarray, axis: int = -1) -> Any:
-        chosen = places.astype(np.int64)
-        return right[chosen].sum(axis=axis) / sizes[chosen].sum(axis=axis)
-
-    return accuracy
 
 
 def _interval_unit(table: CellTable) -> str:
@@ -364,7 +354,7 @@ def _details(
             method: paired_bootstrap_difference(
                 places,
                 places + len(sizes),
-                statistic=_share(
+                statistic=ratio_of_sums(
                     np.concatenate([_unit_counts(of_seeds, table)[0], reference]), np.tile(sizes, 2)
                 ),
             )

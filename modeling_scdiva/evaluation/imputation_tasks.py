@@ -15,7 +15,7 @@ import anndata
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from modeling_scdiva.evaluation.reconstruction import BATCH_SIZE, fit_baselines
+from modeling_scdiva.evaluation.reconstruction import BATCH_SIZE, PER_CELL, fit_baselines, with_cells
 from modeling_scdiva.metrics.calibration import reliability_curve
 from modeling_scdiva.metrics.denoising_baselines import DenoisingBaselines
 from modeling_scdiva.metrics.imputation import (
@@ -37,7 +37,7 @@ from modeling_scdiva.metrics.imputation_baselines import (
     knn_smoothing,
     log_expression,
 )
-from modeling_scdiva.metrics.reconstruction import cell_value_scores, mean_over_cells
+from modeling_scdiva.metrics.reconstruction import cell_value_scores
 from modeling_scdiva.metrics.reconstruction_baselines import value_predictions
 from modeling_scdiva.metrics.scvi_baselines import ScviImputer
 from modeling_scdiva.tasks.cells import read_cells
@@ -51,7 +51,7 @@ POISSON_METHODS = (DEPTH_ONLY, SCVI)
 IN_SIGHT = ", gene in sight"
 PANEL_DETECTION = 0.05  # of the training cells, at least
 LEAST_PANEL_MOLECULES = 1
-Scores = dict[tuple[str, str], dict[str, float]]
+Scores = dict[tuple[str, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,17 @@ def slot_scores(part: ScoredCells, models: Mapping[str, Any], *, tokenizer: Any,
                     of_cells.setdefault(method, []).extend(row for row in rows if row)
         data = part.label(f"{100 * fraction:g} % of values hidden at known slots")
         for method, rows in of_cells.items():
-            means = mean_over_cells(rows)
+            means = with_cells(rows, {"value_mae": "mae"})
             scores[data, method] = {
                 name.removeprefix("value_"): means[name]
-                for name in ("value_mae", "value_rmse", "value_pearson", "value_spearman", "n_cells")
+                for name in (
+                    "value_mae",
+                    "value_rmse",
+                    "value_pearson",
+                    "value_spearman",
+                    "n_cells",
+                    PER_CELL,
+                )
                 if name in means
             }
     return scores
@@ -202,6 +209,7 @@ def entry_task(part: ScoredCells, imputers: Mapping[str, Imputer]) -> Scores:
             probability = shift_prevalence(imputed.probability[hidden], odds_ratio)
             of_method = value_scores(truth[hidden], predicted)
             of_method |= detection_scores(probability, entries.is_expressed)
+            of_method |= _errors_of_cells(truth[hidden], predicted, entries.rows)
             of_method["over_imputation_rate"] = over_imputation_rate(
                 predicted[silent], part.library_size[entries.rows[silent]]
             )
@@ -236,12 +244,15 @@ def depth_task(
     for method, imputed in found.items():
         expected = imputed.expected
         scores[data, method] = value_scores(truth, expected) | profile_correlations(truth, expected)
+        everywhere, silent_rows = np.nonzero(np.ones_like(is_silent))[0], np.nonzero(is_silent)[0]
+        scores[data, method] |= _errors_of_cells(truth.ravel(), expected.ravel(), everywhere)
         scores[data, method]["n_cells"] = len(truth)
         scores[data, method]["over_imputation_rate"] = over_imputation_rate(expected[is_zero], sizes[is_zero])
         if method in POISSON_METHODS:  # they can be told that a gene is silent, and are better for it
             imputed = given_silent(imputed, thin_size / KEEP_FRACTION, kept_fraction=KEEP_FRACTION)
         probability, is_expressed = imputed.probability[is_silent], ~is_zero[is_silent]
         scores[lost, method] = value_scores(truth[is_silent], imputed.expected[is_silent])
+        scores[lost, method] |= _errors_of_cells(truth[is_silent], imputed.expected[is_silent], silent_rows)
         scores[lost, method] |= detection_scores(probability, is_expressed) | {"n_cells": len(truth)}
         if method != "identity":
             curve = reliability_curve(probability, is_expressed)
@@ -285,11 +296,20 @@ def panel_task(part: ScoredCells, imputers: Mapping[str, Imputer]) -> Scores:
         expected, probability = imputed.expected[:, outside], imputed.probability[:, outside]
         scores[data, method] = value_scores(truth[:, outside], expected)
         scores[data, method] |= profile_correlations(truth[:, outside], expected)
+        rows = np.nonzero(np.ones_like(is_zero))[0]
+        scores[data, method] |= _errors_of_cells(truth[:, outside].ravel(), expected.ravel(), rows)
         scores[data, method] |= detection_scores(probability, ~is_zero) | sizes_of_task
         scores[data, method]["over_imputation_rate"] = over_imputation_rate(
             expected[is_zero], full_sizes[is_zero]
         )
     return scores
+
+
+def _errors_of_cells(true: np.ndarray, predicted: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
+    """Absolute errors of entries (n,) summed by their cell (n,), and how many each cell has."""
+    cells = np.unique(rows, return_inverse=True)[1]
+    totals, counts = np.bincount(cells, weights=np.abs(predicted - true)), np.bincount(cells)
+    return {PER_CELL: {"mae": np.stack([totals, counts], axis=1)}}
 
 
 def _predictions(

@@ -19,6 +19,7 @@ import numpy as np
 from modeling_scdiva.evaluation.report import summarise
 from modeling_scdiva.fresh_model import random_weights
 from modeling_scdiva.metrics.denoising_baselines import BaselineFitter, DenoisingBaselines
+from modeling_scdiva.metrics.intervals import bootstrap_interval, ratio_of_sums
 from modeling_scdiva.metrics.reconstruction import (
     cell_gene_scores,
     cell_value_scores,
@@ -53,8 +54,11 @@ COLUMNS = (
     "value_rmse", "value_pearson", "visible_copy_accuracy", "copy_edit_distance", "copy_bleu",
     "copy_spearman", "n_cells",
 )  # fmt: skip
+PER_CELL = "per_cell"
+BOUNDED = {"gene_loss": "gene_loss", "value_rmse": "value_rmse"}
 NOTE = (
-    "Gene loss in nats per hidden gene, values in log1p units; means over cells, at hidden places only. "
+    "Gene loss in nats per hidden gene, values in log1p units; means over cells, at hidden places only; "
+    "spread over seeds, in brackets the 95 % bootstrap interval over the cells of all seeds. "
     "Baselines know the other cells of the same data. lattice: genes that fit arithmetically between the "
     "visible neighbours, weighted by frequency (unigram), by frequency at that rank (rank unigram) or by "
     "frequency and count (counts); neighbour score is the same arithmetic for values. A model that does not "
@@ -153,7 +157,7 @@ def evaluate_reconstruction(
     if not len(seeds):
         msg = "seeds is empty; one run needs one seed."
         raise ValueError(msg)
-    runs: dict[tuple[str, str], list[dict[str, float]]] = {}
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for seed in seeds:
         train, test = split_cells(adata, split_key, seed=seed)
         test = np.sort(np.random.default_rng(seed).permutation(test)[:max_test_cells])
@@ -194,21 +198,49 @@ def evaluate_reconstruction(
     }
 
 
-def result_rows(runs: Mapping[tuple[str, str], Sequence[Mapping[str, float]]]) -> list[dict[str, Any]]:
-    """Average the runs of every row of a table.
+def result_rows(runs: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Average the runs of every row of a table, and bound the averages by resampling cells.
 
     Args:
         runs: (data, method) -> numbers of each run; a number that a run lacks is undefined in the mean.
+            ``per_cell`` may hold, for some of the numbers, arrays (cells, 2) of a total and of how much went
+            into it; the cells of all runs are resampled together.
 
     Returns:
         Flat rows.
     """
     rows = []
     for (data, method), of_runs in runs.items():
-        names = dict.fromkeys(name for run in of_runs for name in run)
+        names = dict.fromkeys(name for run in of_runs for name in run if name != PER_CELL)
         complete = [{name: run.get(name) for name in names} for run in of_runs]
-        rows.append({"data": data, "method": method} | summarise(complete))
+        row = {"data": data, "method": method} | summarise(complete)
+        for name in of_runs[0].get(PER_CELL, {}):
+            parts = [run[PER_CELL].get(name, np.empty((0, 2))) for run in of_runs]
+            totals, counts = np.concatenate(parts).T
+            if row[name] is not None and len(totals) > 1:
+                row[f"{name}_low"], row[f"{name}_high"] = bootstrap_interval(
+                    np.arange(len(totals)), statistic=ratio_of_sums(totals, counts)
+                )
+        rows.append(row)
     return rows
+
+
+def with_cells(of_cells: Sequence[Mapping[str, float]], bounded: Mapping[str, str]) -> dict[str, Any]:
+    """Average the scores of cells and keep those that get an interval.
+
+    Args:
+        of_cells: Scores of each cell.
+        bounded: Score of a cell -> name of its mean in the row.
+
+    Returns:
+        Name -> mean, and ``per_cell`` as `result_rows` takes it.
+    """
+    kept = {}
+    for score, name in bounded.items():
+        values = np.array([scores[score] for scores in of_cells if score in scores])
+        if len(values):
+            kept[name] = np.stack([values, np.ones(len(values))], axis=1)
+    return mean_over_cells(of_cells) | {PER_CELL: kept}
 
 
 def masked_scores(
@@ -219,7 +251,7 @@ def masked_scores(
     mask_ratio: float,
     seed: int,
     with_lattice: bool = True,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Score models and baselines on the same hidden genes.
 
     Args:
@@ -231,7 +263,7 @@ def masked_scores(
         with_lattice: Score the lattice laws; they need cells in ranking order.
 
     Returns:
-        Method -> means over cells: gene scores, value scores, or both.
+        Method -> means over cells: gene scores, value scores, or both; ``per_cell`` for `result_rows`.
     """
     mask_token_id = next(iter(models.values())).config.mask_token_id
     of_cells: dict[str, list[dict[str, float]]] = {method: [] for method in models}
@@ -258,7 +290,7 @@ def masked_scores(
                     scores = cell_value_scores(true[cell][is_masked[cell]], part)
                     of_cells.setdefault(value_name.replace("_", " "), []).append(scores)
     # One set of names for every run of a method: what is undefined in all cells is not there in any.
-    return {method: mean_over_cells([cell for cell in rows if cell]) for method, rows in of_cells.items()}
+    return {method: with_cells([cell for cell in rows if cell], BOUNDED) for method, rows in of_cells.items()}
 
 
 def copy_scores(

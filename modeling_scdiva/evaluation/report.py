@@ -7,7 +7,8 @@ what figures are drawn from.
 Notable choices:
 - A number that is undefined in one run is undefined in the mean, and printed as "-": skipping the run would
   average over other runs than the row beside it.
-- The spread is the sample standard deviation over runs, and stands behind its number.
+- The spread is the sample standard deviation over runs, and stands behind its number; an interval stands
+  behind that, in brackets.
 - A result without baselines is refused, and so is one that would replace another.
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from modeling_scdiva.model_card import SPREAD_ENDING
+from modeling_scdiva.model_card import SPREAD_ENDING, is_uncertainty, with_uncertainty
 from modeling_scdiva.provenance import collect_provenance, result_path
 
 NEEDED_KEYS = ("title", "numbers", "baselines")
@@ -196,21 +197,16 @@ def _summarised(name: str, values: list[Any]) -> dict[str, Any]:
 
 
 def _columns(result: Mapping[str, Any]) -> list[str]:
-    """Return the columns to show: those named, else all in order of appearance, spreads left out."""
+    """Return the columns to show: those named, else all in order of appearance, uncertainties left out."""
     if result.get("columns"):
         return list(result["columns"])
     found = dict.fromkeys(key for row in [*result["numbers"], *result["baselines"]] for key in row)
     first = [name for name in ("data", "method") if name in found]
-    return first + [
-        key
-        for key in found
-        if key not in first and not (key.endswith(SPREAD_ENDING) and key.removesuffix(SPREAD_ENDING) in found)
-    ]
+    return first + [key for key in found if key not in first and not is_uncertainty(key, found)]
 
 
 def _shown(row: Mapping[str, Any], name: str) -> str:
-    value, spread = row.get(name), row.get(name + SPREAD_ENDING)
-    return _written(value) if spread is None else f"{_written(value)} ± {_written(spread)}"
+    return with_uncertainty(row, name, _written)
 
 
 # A number to three decimals, or to three digits where it is small; "-" where it is undefined.

@@ -104,6 +104,24 @@ def paired_bootstrap_difference(
     }
 
 
+def ratio_of_sums(totals: np.ndarray, counts: np.ndarray) -> Statistic:
+    """Make a statistic for units that weigh differently: sum of totals over sum of counts.
+
+    Args:
+        totals: (n,) what a unit adds up to, such as the absolute errors of a cell.
+        counts: (n,) how much went into it, such as its entries; positive.
+
+    Returns:
+        Function of places in the two, for `bootstrap_interval(np.arange(n), statistic=...)`.
+    """
+
+    def ratio(places: np.ndarray, axis: int = -1) -> Any:
+        chosen = places.astype(np.int64)
+        return totals[chosen].sum(axis=axis) / counts[chosen].sum(axis=axis)
+
+    return ratio
+
+
 def _checked(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1 or len(numbers) < 2:
