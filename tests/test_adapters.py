@@ -6,6 +6,7 @@ One fresh process. Needs no data. Run: pytest tests/test_adapters.py
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -350,3 +351,56 @@ def test_adapter_without_a_base_is_refused(fresh_tiny_model, tmp_path):
 def test_impossible_choices(classifier, arguments, message):
     with pytest.raises(ValueError, match=message):
         make_trainable(classifier, **arguments)
+
+
+FROM_THE_CACHE = """
+import sys
+from modeling_scdiva.tasks.annotator_files import base_of, load_annotator
+
+for repository in ("lab/adapter", "lab/whole"):
+    for revision in ("v1", "v2"):
+        annotator = load_annotator(repository, revision=revision)
+        print(",".join(annotator.label_names), annotator.model.config.id2label, sep=";")
+    print(load_annotator(repository).label_names[0], base_of(repository, revision="v1"), sep=";")
+"""
+
+
+def put_in_cache(cache, repository, revisions):
+    """Lay folders out as huggingface_hub keeps them, one commit each."""
+    place = cache / "hub" / f"models--{repository.replace('/', '--')}"
+    for index, (revision, folder) in enumerate(revisions.items()):
+        commit = f"{index + 1:040x}"
+        shutil.copytree(folder, place / "snapshots" / commit)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / revision).write_text(commit)
+
+
+def test_revision_is_that_of_the_annotator(base_folder, tokenizer, tmp_path):
+    """Names of the classes, adapter and weights come from the revision that was asked for."""
+    from modeling_scdiva.tasks.annotation import CellAnnotator
+    from modeling_scdiva.tasks.annotator_files import save_annotator
+
+    names = {"v1": ["B", "NK", "T"], "v2": ["mono", "B"], "main": ["latest", "T"]}
+    cache = tmp_path / "cache"
+    for kind in ("adapter", "whole"):
+        folders = {}
+        for revision, of_revision in names.items():
+            model = make_classifier(ScDivaModel.from_pretrained(base_folder), of_revision)
+            if kind == "adapter":
+                model = with_lora(model)
+            folders[revision] = tmp_path / kind / revision
+            base_model = "lab/base" if kind == "adapter" else None
+            annotator = CellAnnotator(model, max_genes=tokenizer.max_genes)
+            save_annotator(annotator, folders[revision], base_model=base_model, tokenizer=tokenizer)
+        put_in_cache(cache, f"lab/{kind}", folders)
+    put_in_cache(cache, "lab/base", {"main": base_folder})
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT), "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-c", FROM_THE_CACHE]
+    found = subprocess.run(
+        command, check=True, cwd=tmp_path, env=environment, timeout=300, stdout=subprocess.PIPE, text=True
+    ).stdout.splitlines()
+    wanted = [f"{','.join(of)};{dict(enumerate(of))}" for of in names.values()]
+    for start, base in ((0, "lab/base"), (3, "lab/whole")):
+        assert found[start : start + 2] == wanted[:2]
+        assert found[start + 2] == f"latest;{base}"

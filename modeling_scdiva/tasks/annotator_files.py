@@ -62,14 +62,20 @@ def save_annotator(
 
 
 def load_annotator(
-    name_or_folder: str | Path, *, base_model: str | Path | None = None, **kwargs: Any
+    name_or_folder: str | Path,
+    *,
+    base_model: str | Path | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
 ) -> CellAnnotator:
     """Load an annotator, over its base where it is an adapter.
 
     Args:
         name_or_folder: Folder that `save_annotator` wrote, or its Hub id.
         base_model: Path or Hub id of the base, if it is no longer where the adapter says.
-        **kwargs: For ``from_pretrained`` of the weights: ``trust_remote_code``, ``dtype``, ``revision``.
+        revision: Branch, tag or commit of the annotator on the Hub. That of a base is the one which the
+            adapter names.
+        **kwargs: For ``from_pretrained`` of the weights: ``trust_remote_code``, ``dtype``.
 
     Returns:
         The annotator in evaluation mode. Load its tokenizer from `base_of` the same folder.
@@ -77,17 +83,21 @@ def load_annotator(
     Raises:
         ValueError: If the weights are not those it was trained with.
     """
-    content = _read(name_or_folder)
-    base = base_of(name_or_folder, base_model=base_model)
+    content = _read(name_or_folder, revision)
+    base = base_of(name_or_folder, base_model=base_model, revision=revision)
+    adapter_file = _find(name_or_folder, ADAPTER_FILE, revision)
     model: Any
-    if _find(name_or_folder, ADAPTER_FILE) is None:
-        model = AutoModelForSequenceClassification.from_pretrained(base, **kwargs)
+    if adapter_file is None:
+        model = AutoModelForSequenceClassification.from_pretrained(base, revision=revision, **kwargs)
     else:
         from peft import PeftModel
 
+        adapter = json.loads(Path(adapter_file).read_text("utf-8"))
+        base_revision = adapter.get("revision") if base_model is None else None
         with torch.random.fork_rng(devices=[]):  # the head is drawn first, then replaced by the adapter's
-            classifier = make_classifier(AutoModel.from_pretrained(base, **kwargs), content["label_names"])
-        model = PeftModel.from_pretrained(classifier, str(name_or_folder))
+            encoder = AutoModel.from_pretrained(base, revision=base_revision, **kwargs)
+            classifier = make_classifier(encoder, content["label_names"])
+        model = PeftModel.from_pretrained(classifier, str(name_or_folder), revision=revision)
     expected, found = content["vocabulary_hash"], model.config.vocabulary_hash
     if expected != found:
         msg = (
@@ -106,12 +116,15 @@ def load_annotator(
     )
 
 
-def base_of(name_or_folder: str | Path, *, base_model: str | Path | None = None) -> str:
+def base_of(
+    name_or_folder: str | Path, *, base_model: str | Path | None = None, revision: str | None = None
+) -> str:
     """Say where weights and tokenizer of an annotator are: beside it, or in the base of its adapter.
 
     Args:
         name_or_folder: Folder that `save_annotator` wrote, or its Hub id.
         base_model: Path or Hub id of the base, if it is no longer where the adapter says.
+        revision: Branch, tag or commit of the annotator on the Hub.
 
     Returns:
         Path or Hub id for ``from_pretrained``.
@@ -119,7 +132,7 @@ def base_of(name_or_folder: str | Path, *, base_model: str | Path | None = None)
     Raises:
         FileNotFoundError: If an adapter names a base by a path that is not there.
     """
-    adapter_file = _find(name_or_folder, ADAPTER_FILE)
+    adapter_file = _find(name_or_folder, ADAPTER_FILE, revision)
     if adapter_file is None:
         return str(name_or_folder)
     if base_model is not None:
@@ -131,7 +144,7 @@ def base_of(name_or_folder: str | Path, *, base_model: str | Path | None = None)
     return str(base)
 
 
-def _read(name_or_folder: str | Path) -> dict[str, Any]:
+def _read(name_or_folder: str | Path, revision: str | None) -> dict[str, Any]:
     """Read what stands beside the weights.
 
     Returns:
@@ -141,7 +154,7 @@ def _read(name_or_folder: str | Path) -> dict[str, Any]:
         FileNotFoundError: If it is not there.
         ValueError: If it is of another format.
     """
-    path = _find(name_or_folder, ANNOTATOR_FILE)
+    path = _find(name_or_folder, ANNOTATOR_FILE, revision)
     if path is None:
         msg = (
             f"{name_or_folder} holds no {ANNOTATOR_FILE}, so the names of the classes are unknown. Wanted is "
@@ -158,9 +171,11 @@ def _read(name_or_folder: str | Path) -> dict[str, Any]:
     return content
 
 
-def _find(name_or_folder: str | Path, file_name: str) -> str | None:
+def _find(name_or_folder: str | Path, file_name: str, revision: str | None) -> str | None:
     """Find a file in a folder, or on the Hub where there is no such folder."""
     if Path(name_or_folder).is_dir():
         path = Path(name_or_folder) / file_name
         return str(path) if path.is_file() else None
-    return cached_file(str(name_or_folder), file_name, _raise_exceptions_for_missing_entries=False)
+    return cached_file(
+        str(name_or_folder), file_name, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
