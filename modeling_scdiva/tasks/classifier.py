@@ -89,7 +89,15 @@ def predict_logits(
 
 
 class WeightedClassifier(nn.Module):
-    """A classifier with cross-entropy that may weigh the classes."""
+    """A classifier with cross-entropy that may weigh the classes.
+
+    The loss is the mean over cells of weight times cross-entropy. It is not divided by the weights of the
+    batch: how cells are dealt out to processes would change what is trained.
+
+    Args:
+        model: The classifier.
+        class_weights: (C,) weights whose mean over the training cells is one; None weighs all alike.
+    """
 
     class_weights: torch.Tensor | None
 
@@ -101,4 +109,5 @@ class WeightedClassifier(nn.Module):
     def forward(self, labels: torch.Tensor, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the loss and the logits (B, C) for ``labels`` (B,) int64."""
         logits = self.model(**inputs).logits.float()
-        return {"loss": functional.cross_entropy(logits, labels, weight=self.class_weights), "logits": logits}
+        losses = functional.cross_entropy(logits, labels, weight=self.class_weights, reduction="none")
+        return {"loss": losses.mean(), "logits": logits}
