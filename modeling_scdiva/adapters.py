@@ -2,7 +2,8 @@
 
 Notable choices:
 - Adapters are PEFT's, on the seven matrices of every layer; a new head is trained and saved whole.
-- The folder of an adapter names its base by an absolute path or a Hub id, so that it loads from anywhere.
+- The folder of an adapter names its base by an absolute path or a Hub id, so that it loads from anywhere. A
+  base in a folder is compared with the one in memory: over other weights the adapter would be silently wrong.
 
 Source: Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models"; METHOD.md section 7.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 Trainable = Literal["lora", "full", "last_layers", "head"]
@@ -131,7 +133,8 @@ def save_adapter(
             from. Name the Hub id before an adapter is pushed.
 
     Raises:
-        ValueError: If it is not known where the base of an adapter is.
+        ValueError: If it is not known where the base of an adapter is, or the folder of the base holds other
+            weights than the base in memory.
     """
     folder = Path(folder)
     if not hasattr(model, "peft_config"):
@@ -149,11 +152,39 @@ def save_adapter(
             raise ValueError(msg)
         # A relative path would be looked up on the Hub from any other folder.
         is_local = Path(base).is_dir()
+        if is_local:
+            _check_base(model, Path(base))
         settings.base_model_name_or_path = str(Path(base).resolve()) if is_local else base
     model.save_pretrained(folder)
     # PEFT's own card names local paths and leaves the rest to be filled in.
     named = "" if is_local else f"base_model: {base}\n"
     (folder / "README.md").write_text(ADAPTER_CARD.format(base_model=named), encoding="utf-8")
+
+
+def _check_base(model: Any, folder: Path) -> None:
+    """Refuse a folder of a base whose weights are not those that the adapter was trained over."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        msg = f"{folder} holds no weights (*.safetensors), and an adapter names it as its base."
+        raise ValueError(msg)
+    saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    encoder = model.get_base_model().base_model
+    prefix = f"{encoder.base_model_prefix}."
+    differing = []
+    for name, tensor in encoder.state_dict().items():
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        name = name.replace(".base_layer", "").replace(".original_module", "")
+        other = saved.get(prefix + name, saved.get(name))
+        if other is None or not torch.equal(other.to(tensor.dtype), tensor.cpu()):
+            differing.append(name)
+    if differing:
+        msg = (
+            f"The base in {folder} differs in {len(differing)} weights ({', '.join(differing[:3])}) from the "
+            "one the adapter was trained over. Save that one with save_pretrained and pass its folder as "
+            "base_model=..."
+        )
+        raise ValueError(msg)
 
 
 def _is_named(part: str, name: str) -> bool:

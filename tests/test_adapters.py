@@ -337,6 +337,28 @@ def test_adapter_without_a_base_is_refused(fresh_tiny_model, tmp_path):
         save_adapter(with_lora(make_classifier(fresh_tiny_model(), NAMES)), tmp_path)
 
 
+def test_adapter_over_another_base_than_the_one_on_disk_is_refused(base_folder, tmp_path):
+    """Fine-tune everything, then an adapter on top: the folder of the old base must not be named."""
+    base = ScDivaModel.from_pretrained(base_folder)
+    with torch.no_grad():
+        base.layers[1].self_attn.q_proj.weight[3, 5] += 0.01
+    model = with_lora(make_classifier(base, NAMES))
+    with pytest.raises(
+        ValueError, match=r"differs in 1 weights \(layers\.1\.self_attn\.q_proj\.weight\) .* pass its folder"
+    ):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    base_again = copy.deepcopy(base)
+    base_again.save_pretrained(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter", base_model=tmp_path / "base")
+    assert base_in(tmp_path / "adapter") == str(tmp_path / "base")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no weights \(\*\.safetensors\)"):
+        save_adapter(model, tmp_path / "adapter", base_model=tmp_path / "empty")
+    narrow = ScDivaModel.from_pretrained(base_folder, dtype=torch.bfloat16)
+    save_adapter(with_lora(make_classifier(narrow, NAMES)), tmp_path / "narrow")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

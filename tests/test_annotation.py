@@ -292,7 +292,7 @@ def test_not_finite_logits_are_refused(base, tokenizer):
 def test_bad_files(base, annotator, tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"holds no {ANNOTATOR_FILE}"):
         load_annotator(tmp_path)
-    save_annotator(annotator, tmp_path / "moved", base_model=tmp_path)
+    save_annotator(annotator, tmp_path / "moved")
     tmp_path.joinpath("moved/adapter_config.json").write_text('{"base_model_name_or_path": "/no/such/base"}')
     with pytest.raises(
         FileNotFoundError, match=r"stands on /no/such/base, which is not there\. Pass base_mo"
@@ -306,7 +306,7 @@ def test_bad_files(base, annotator, tokenizer, tmp_path):
     other = copy.deepcopy(base)
     other.config.vocabulary_hash = "0" * 64
     other.save_pretrained(tmp_path / "other")
-    save_annotator(annotator, tmp_path / "adapter", base_model=tmp_path / "other")
+    save_annotator(annotator, tmp_path / "adapter", base_model=tmp_path / "other")  # equal weights
     with pytest.raises(ValueError, match=r"has 000000000000\. Pass the model it was trained on"):
         load_annotator(tmp_path / "adapter")
 
