@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_scdiva import ScDivaForMaskedDiffusion
-from modeling_scdiva.evaluation import join_results, print_result, write_result
+from modeling_scdiva.evaluation import data_names, join_results, print_result, write_result
 from modeling_scdiva.evaluation.gene_network import (
     NetworkProtocol,
     evaluate_gene_network,
@@ -69,18 +69,18 @@ def main() -> None:
     protocol = NetworkProtocol(arguments.n_cells, arguments.methods, settings=settings)
     results: dict[str, dict[str, Any]] = {}
     figures: dict[str, Any] = {}
-    for data in arguments.data:
-        cells = anndata.read_h5ad(data)
+    for data, path in data_names(arguments.data).items():
+        cells = anndata.read_h5ad(path)
         for reference in arguments.reference:
             name, edges = read_edges(reference, arguments.confidences)
-            name = f"{data.stem}, {name}"
+            name = f"{data}, {name}"
             results[name] = result = evaluate_gene_network(
                 cells, model=model, tokenizer=tokenizer, reference=edges, data_name=name,
                 seeds=arguments.seeds, protocol=protocol,
             )  # fmt: skip
             print_result(result)
             drawn = network_figures(result)
-            figures |= {f"{data.stem}_{reference.stem}_{key}": drawn[key] for key in drawn}
+            figures |= {f"{data}_{reference.stem}_{key}": drawn[key] for key in drawn}
     merged = join_results(results)
     merged |= {"benchmark": "gene_network", "seeds": arguments.seeds, "n_cells": arguments.n_cells}
     merged["config"] = {key: value for key, value in model.config.to_diff_dict().items() if key != "auto_map"}

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_scdiva import ScDivaForMaskedDiffusion
-from modeling_scdiva.evaluation import join_results, print_result, write_result
+from modeling_scdiva.evaluation import data_names, join_results, print_result, write_result
 from modeling_scdiva.evaluation.imputation import evaluate_imputation, imputation_figures
 from modeling_scdiva.provenance import result_path
 
@@ -48,12 +48,12 @@ def main() -> None:
     model = ScDivaForMaskedDiffusion.from_pretrained(arguments.model).to(arguments.device).eval()
     results: dict[str, dict[str, Any]] = {}
     figures: dict[str, Any] = {}
-    for data in arguments.data:
-        results[data.stem] = result = evaluate_imputation(
-            anndata.read_h5ad(data),
+    for name, path in data_names(arguments.data).items():
+        results[name] = result = evaluate_imputation(
+            anndata.read_h5ad(path),
             model=model,
             tokenizer=tokenizer,
-            name=data.stem,
+            name=name,
             split_key=arguments.split_key,
             seeds=arguments.seeds,
             max_test_cells=arguments.max_test_cells,
@@ -61,7 +61,7 @@ def main() -> None:
         )
         print_result(result)
         drawn = imputation_figures(result)
-        figures |= {f"{data.stem}_{name}": figure for name, figure in drawn.items()}
+        figures |= {f"{name}_{kind}": figure for kind, figure in drawn.items()}
     merged = join_results(results) | {"benchmark": "imputation", "seeds": arguments.seeds}
     merged["config"] = {key: value for key, value in model.config.to_diff_dict().items() if key != "auto_map"}
     print(f"\nwrote {write_result(merged, output, 'imputation', figures)}")

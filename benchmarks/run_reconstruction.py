@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_scdiva import ScDivaForMaskedDiffusion
-from modeling_scdiva.evaluation import join_results, print_result, write_result
+from modeling_scdiva.evaluation import data_names, join_results, print_result, write_result
 from modeling_scdiva.evaluation.reconstruction import (
     MASK_RATIOS,
     evaluate_reconstruction,
@@ -52,12 +52,12 @@ def main() -> None:
     model = ScDivaForMaskedDiffusion.from_pretrained(arguments.model).to(arguments.device).eval()
     results: dict[str, dict[str, Any]] = {}
     figures: dict[str, Any] = {}
-    for data in arguments.data:
-        results[data.stem] = result = evaluate_reconstruction(
-            anndata.read_h5ad(data),
+    for name, path in data_names(arguments.data).items():
+        results[name] = result = evaluate_reconstruction(
+            anndata.read_h5ad(path),
             model=model,
             tokenizer=tokenizer,
-            name=data.stem,
+            name=name,
             split_key=arguments.split_key,
             mask_ratios=arguments.mask_ratios,
             seeds=arguments.seeds,
@@ -65,7 +65,7 @@ def main() -> None:
         )
         print_result(result)
         drawn = reconstruction_figures(result)
-        figures |= {f"{data.stem}_{name}": figure for name, figure in drawn.items()}
+        figures |= {f"{name}_{kind}": figure for kind, figure in drawn.items()}
     merged = join_results(results) | {"benchmark": "reconstruction", "seeds": arguments.seeds}
     merged["config"] = {key: value for key, value in model.config.to_diff_dict().items() if key != "auto_map"}
     print(f"\nwrote {write_result(merged, output, 'reconstruction', figures)}")

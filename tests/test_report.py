@@ -5,12 +5,14 @@ Needs no data. Run: pytest tests/test_report.py
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from modeling_scdiva.evaluation.figures import draw_mask_curve
 from modeling_scdiva.evaluation.report import (
+    data_names,
     format_result,
     join_results,
     print_result,
@@ -81,6 +83,13 @@ def test_joined_results_keep_every_row():
     assert joined["details"] == {"first": {"seeds": [0]}, "second": {"seeds": [0]}}
     assert joined["note"] == "first: Two data sets. second: One."
     assert join_results({"a": RESULT | whole, "b": RESULT | whole})["note"] == "Two data sets."
+
+
+def test_files_of_one_name_would_replace_each_other():
+    paths = [Path("a/blood.h5ad"), Path("a/gut.h5ad")]
+    assert data_names(paths) == {"blood": paths[0], "gut": paths[1]}
+    with pytest.raises(ValueError, match=r"a/blood\.h5ad and b/blood\.h5ad would both be called 'blood'"):
+        data_names([*paths, Path("b/blood.h5ad")])
 
 
 def test_table_keeps_rows_of_one_data_set_together(capsys):

@@ -62,6 +62,27 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary | {"n_seeds": len(runs)}
 
 
+def data_names(paths: Sequence[Path]) -> dict[str, Path]:
+    """Name files of cells for tables and result files.
+
+    Args:
+        paths: Files.
+
+    Returns:
+        File name without its ending -> path, in the order given.
+
+    Raises:
+        ValueError: If two files have the same name; one would replace the other in a result.
+    """
+    named: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in named:
+            msg = f"{named[path.stem]} and {path} would both be called {path.stem!r}. Rename or link one."
+            raise ValueError(msg)
+        named[path.stem] = path
+    return named
+
+
 def join_results(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Put the tables of several data sets below each other.
 
