@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from scipy.sparse import csr_matrix
+from sklearn.base import clone
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
@@ -32,7 +34,7 @@ from sklearn.preprocessing import StandardScaler
 from modeling_scdiva import ScDivaForMaskedDiffusion
 from modeling_scdiva.evaluation.report import print_result, write_result
 from modeling_scdiva.fresh_model import fresh_model
-from modeling_scdiva.metrics.annotation import log_normalise, pca_features
+from modeling_scdiva.metrics.annotation import depth_features, log_normalise
 from modeling_scdiva.metrics.imputation import thin_cells
 from modeling_scdiva.provenance import collect_provenance
 from modeling_scdiva.tasks.embedding import embed_cells
@@ -196,12 +198,12 @@ def mask_scores(model: Any, tokenizer: ScDivaTokenizer, cells: anndata.AnnData) 
     return scores
 
 
-def probe_scores(features: dict[float, np.ndarray], labels: np.ndarray) -> dict[str, float]:
-    """Fit a logistic regression on cells of full depth and score others, thinned: macro-F1 per depth."""
+def probe_scores(features: dict[float, Any], labels: np.ndarray, *steps: Any) -> dict[str, float]:
+    """Fit ``steps`` and a logistic regression on cells of full depth, score others, thinned: macro-F1."""
     folds = StratifiedKFold(N_FOLDS, shuffle=True, random_state=0)
     scores: dict[str, list[float]] = {f"f1_at_depth_{depth:g}": [] for depth in features}
     for train_rows, test_rows in folds.split(features[1.0], labels):
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2_000))
+        classifier = make_pipeline(*map(clone, steps), StandardScaler(), LogisticRegression(max_iter=2_000))
         classifier.fit(features[1.0][train_rows], labels[train_rows])
         for depth, matrix in features.items():
             predicted = classifier.predict(matrix[test_rows])
@@ -249,16 +251,18 @@ def score_variant(name: str, args: argparse.Namespace, labelled: Any) -> dict[st
     return scores
 
 
-def baseline_row(labelled: Any) -> dict[str, Any]:
-    """Probe PCA of the same cells; the components come from the cells of full depth."""
+def baseline_rows(labelled: Any) -> list[dict[str, Any]]:
+    """Probe PCA of the same cells, fitted on the training cells of each fold, and their depth alone."""
     copies, labels = labelled
-    matrices = [log_normalise(copy.X) for copy in copies.values()]
-    # One PCA for all depths: without labels, and the same for test and training cells.
-    stacked = pca_features(np.vstack([matrix.toarray() for matrix in matrices]), n_components=50, seed=0)
-    parts = dict(zip(copies, np.split(stacked, len(copies)), strict=True))
-    return {"data": "baseline", "method": "PCA-50"} | {
-        f"lat_{name}": value for name, value in probe_scores(parts, labels).items()
+    expression = {depth: log_normalise(copy.X) for depth, copy in copies.items()}
+    found = {
+        "PCA-50": probe_scores(expression, labels, PCA(50, svd_solver="arpack", random_state=0)),
+        "depth only": probe_scores({depth: depth_features(copy.X) for depth, copy in copies.items()}, labels),
     }
+    return [
+        {"data": "baseline", "method": method} | {f"lat_{name}": value for name, value in scores.items()}
+        for method, scores in found.items()
+    ]
 
 
 def main() -> None:
@@ -283,7 +287,7 @@ def main() -> None:
     result = {
         "title": "Ablations, one switch at a time",
         "numbers": rows,
-        "baselines": [baseline_row(labelled)],
+        "baselines": baseline_rows(labelled),
         "columns": columns,
         "note": f"{args.n_steps} steps of {args.batch_size} cells each; losses of another gene order or "
         "value head are of another task. F1: macro-F1 of a logistic regression on the frozen embedding, "

@@ -273,6 +273,7 @@ def test_probabilities_are_shifted_to_the_share_of_the_hidden_entries():
         name="toy",
         seed=0,
         include_scvi=False,
+        units=np.arange(50),
     )
     assert (counts > 0).mean() < 0.15
     row = entry_task(part, {})["toy, 50 % of expressed entries and as many silent ones hidden", "gene mean"]

@@ -13,7 +13,14 @@ import anndata
 import numpy as np
 import pytest
 
-from modeling_scdiva.evaluation.reconstruction import evaluate_reconstruction, fit_baselines, masked_scores
+from modeling_scdiva.evaluation.reconstruction import (
+    evaluate_reconstruction,
+    fit_baselines,
+    masked_scores,
+    resampling_units,
+    result_rows,
+)
+from modeling_scdiva.metrics.intervals import bootstrap_interval, ratio_of_sums
 from modeling_scdiva.metrics.reconstruction_baselines import molecule_value
 from modeling_scdiva.tasks.cells import read_cells
 from tokenization_scdiva import GeneVocabulary, ScDivaTokenizer, synthetic_cells
@@ -59,6 +66,22 @@ def test_example_of_reconstruction(run, checkpoint, cell_file, tmp_path, capsys)
     )  # fmt: skip
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("Gene loss with 50 % hidden: ")
     assert (tmp_path / "second_gene_loss.png").stat().st_size > 5_000
+
+
+def test_intervals_resample_groups_and_a_cell_of_two_runs_once():
+    """Two runs share cell 0; the interval is that of three units, each with what all runs measured."""
+    per_run = [np.array([[0, 1.0, 1], [1, 3.0, 1]]), np.array([[0, 3.0, 1], [2, 5.0, 1]])]
+    runs = {("cells", "x"): [{"mae": float(run[:, 1].mean()), "per_cell": {"mae": run}} for run in per_run]}
+    (row,) = result_rows(runs)
+    assert row["mae"] == pytest.approx(3.0)
+    statistic = ratio_of_sums(np.array([4.0, 3.0, 5.0]), np.array([2.0, 1.0, 1.0]))
+    assert (row["mae_low"], row["mae_high"]) == bootstrap_interval(np.arange(3), statistic=statistic)
+    adata = synthetic_cells(n_cells=12)
+    adata.obs["donor"] = np.repeat(list("abcdef"), 2)
+    adata.obs["plate"] = np.repeat(["p", "q"], 6)
+    np.testing.assert_array_equal(resampling_units(adata, "donor"), np.repeat(np.arange(6), 2))
+    for key in ("plate", None):  # two groups are too few
+        np.testing.assert_array_equal(resampling_units(adata, key), np.arange(12))
 
 
 def test_random_gene_order_has_no_lattice(fresh_tiny_model, tokenizer):

@@ -40,7 +40,12 @@ from modeling_scdiva.evaluation.report import summarise
 from modeling_scdiva.metrics.annotation_baselines import ClassProbabilities
 from modeling_scdiva.metrics.calibration import LOWEST_PROBABILITY, calibration_scores
 from modeling_scdiva.metrics.classification import class_scores, classification_scores
-from modeling_scdiva.metrics.intervals import bootstrap_interval, paired_bootstrap_difference, ratio_of_sums
+from modeling_scdiva.metrics.intervals import (
+    MIN_GROUPS_FOR_INTERVAL,
+    bootstrap_interval,
+    paired_bootstrap_difference,
+    ratio_of_sums,
+)
 from modeling_scdiva.splits import CellSplit, leave_groups_out, split_validation, stratified_folds
 from modeling_scdiva.tasks.annotation import calibrate
 from modeling_scdiva.tasks.cells import CellTokenizer, check_vocabulary, obs_column, refuse_path, shown
@@ -56,7 +61,6 @@ COLUMNS = [
 ]  # fmt: skip
 # The baseline that paired differences are taken against.
 REFERENCE_METHOD = "pca"
-MIN_GROUPS_FOR_INTERVAL = 5
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from modeling_scdiva.evaluation.imputation_tasks import (
 from modeling_scdiva.evaluation.reconstruction import (
     MODEL,
     RANDOM_MODEL,
+    resampling_units,
     result_rows,
     split_cells,
 )
@@ -54,12 +55,13 @@ COLUMNS = (
 )  # fmt: skip
 NOTE = (
     "Values in log1p of counts per 10,000; spread over seeds, in brackets the 95 % bootstrap interval over "
-    "the cells of all seeds. auroc, Brier score and calibration error are those of the "
-    "probability that a gene is detected, at the entries that were hidden or lost; where as many silent as "
-    "expressed entries are hidden, probabilities are shifted to that share first. Over-imputation: share of "
-    "true zeros at which a prediction rounds to one molecule. Gene mean x depth knows the mean profile and "
-    "the depth of the cell and nothing else. Values at known slots can be had from the neighbours in the "
-    "sort (neighbour score). Panel: 300 genes, or half of those detected in 5 % of the training cells."
+    "cells, or over groups where these are held out. auroc, Brier score and calibration error are those of "
+    "the probability that a gene is detected, at the entries that were hidden or lost; where as many silent "
+    "as expressed entries are hidden, probabilities are shifted to that share first. Over-imputation: share "
+    "of true zeros at which a prediction rounds to one molecule. scVI takes what is hidden or not measured "
+    "for zero. Gene mean x depth knows the mean profile and the depth of the cell and nothing else. Values "
+    "at known slots can be had from the neighbours in the sort (neighbour score). Panel: 300 genes, or half "
+    "of those detected in 5 % of the training cells."
 )
 
 
@@ -104,6 +106,7 @@ def evaluate_imputation(
         raise ValueError(msg)
     bare, columns, gene_ids, reading = _bare_cells(adata, tokenizer, reading)
     has_decoder = getattr(model, "query_decoder", None) is not None
+    units = resampling_units(adata, split_key)
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     calibration: dict[str, Any] = {}
     for seed in seeds:
@@ -118,6 +121,7 @@ def evaluate_imputation(
             name=name,
             seed=seed,
             include_scvi=include_scvi,
+            units=units[test],
         )
         models = {MODEL: model, RANDOM_MODEL: random_weights(model, seed=seed)}
         found = slot_scores(part, models, tokenizer=tokenizer, **reading)

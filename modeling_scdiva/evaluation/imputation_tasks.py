@@ -67,6 +67,7 @@ class ScoredCells:
         name: Of the data.
         seed: Of this run.
         include_scvi: Train scVI on the training cells, once for tasks 2 to 4.
+        units: (N,) what an interval resamples, for each scored cell.
     """
 
     counts: csr_matrix
@@ -77,6 +78,7 @@ class ScoredCells:
     name: str
     seed: int
     include_scvi: bool
+    units: np.ndarray
 
     @property
     def library_size(self) -> np.ndarray:
@@ -120,7 +122,7 @@ def slot_scores(part: ScoredCells, models: Mapping[str, Any], *, tokenizer: Any,
     mask_token_id = next(iter(models.values())).config.mask_token_id
     scores: Scores = {}
     for fraction in HIDDEN_FRACTIONS:
-        of_cells: dict[str, list[dict[str, float]]] = {}
+        of_cells: dict[str, list[tuple[int, dict[str, float]]]] = {}
         for target in ("joint", "expression"):
             batches = masked_batches(
                 scored,
@@ -130,12 +132,13 @@ def slot_scores(part: ScoredCells, models: Mapping[str, Any], *, tokenizer: Any,
                 seed=part.seed,
                 batch_size=BATCH_SIZE,
             )
-            for _, batch in batches:
-                for method, rows in _slot_entries(batch, models, baselines, target):
-                    of_cells.setdefault(method, []).extend(row for row in rows if row)
+            for rows, batch in batches:
+                for method, found in _slot_entries(batch, models, baselines, target):
+                    scored_rows = [(row, cell) for row, cell in zip(rows, found, strict=True) if cell]
+                    of_cells.setdefault(method, []).extend(scored_rows)
         data = part.label(f"{100 * fraction:g} % of values hidden at known slots")
-        for method, rows in of_cells.items():
-            means = with_cells(rows, {"value_mae": "mae"})
+        for method, of_method in of_cells.items():
+            means = with_cells(of_method, {"value_mae": "mae"}, part.units)
             scores[data, method] = {
                 name.removeprefix("value_"): means[name]
                 for name in (
@@ -170,9 +173,8 @@ def _slot_entries(
             yield (
                 name.replace("_", " "),
                 [
-                    cell_value_scores(true[cell][is_masked[cell]], values)
+                    cell_value_scores(true[cell][is_masked[cell]], values) if len(values) else {}
                     for cell, values in enumerate(parts)
-                    if len(values)
                 ],
             )
 
@@ -209,7 +211,7 @@ def entry_task(part: ScoredCells, imputers: Mapping[str, Imputer]) -> Scores:
             probability = shift_prevalence(imputed.probability[hidden], odds_ratio)
             of_method = value_scores(truth[hidden], predicted)
             of_method |= detection_scores(probability, entries.is_expressed)
-            of_method |= _errors_of_cells(truth[hidden], predicted, entries.rows)
+            of_method |= _errors_of_units(truth[hidden], predicted, part.units[entries.rows])
             of_method["over_imputation_rate"] = over_imputation_rate(
                 predicted[silent], part.library_size[entries.rows[silent]]
             )
@@ -244,15 +246,15 @@ def depth_task(
     for method, imputed in found.items():
         expected = imputed.expected
         scores[data, method] = value_scores(truth, expected) | profile_correlations(truth, expected)
-        everywhere, silent_rows = np.nonzero(np.ones_like(is_silent))[0], np.nonzero(is_silent)[0]
-        scores[data, method] |= _errors_of_cells(truth.ravel(), expected.ravel(), everywhere)
+        everywhere, where_silent = np.repeat(part.units, truth.shape[1]), part.units[np.nonzero(is_silent)[0]]
+        scores[data, method] |= _errors_of_units(truth.ravel(), expected.ravel(), everywhere)
         scores[data, method]["n_cells"] = len(truth)
         scores[data, method]["over_imputation_rate"] = over_imputation_rate(expected[is_zero], sizes[is_zero])
         if method in POISSON_METHODS:  # they can be told that a gene is silent, and are better for it
             imputed = given_silent(imputed, thin_size / KEEP_FRACTION, kept_fraction=KEEP_FRACTION)
         probability, is_expressed = imputed.probability[is_silent], ~is_zero[is_silent]
         scores[lost, method] = value_scores(truth[is_silent], imputed.expected[is_silent])
-        scores[lost, method] |= _errors_of_cells(truth[is_silent], imputed.expected[is_silent], silent_rows)
+        scores[lost, method] |= _errors_of_units(truth[is_silent], imputed.expected[is_silent], where_silent)
         scores[lost, method] |= detection_scores(probability, is_expressed) | {"n_cells": len(truth)}
         if method != "identity":
             curve = reliability_curve(probability, is_expressed)
@@ -282,7 +284,7 @@ def panel_task(part: ScoredCells, imputers: Mapping[str, Imputer]) -> Scores:
     molecules = np.asarray(part.counts[:, panel].sum(axis=1)).ravel()
     is_kept = molecules >= LEAST_PANEL_MOLECULES
     share = part.training_counts[:, panel].sum() / max(part.training_counts.sum(), 1.0)
-    kept = replace(part, counts=part.counts[is_kept])
+    kept = replace(part, counts=part.counts[is_kept], units=part.units[is_kept])
     sizes = np.maximum(np.rint(molecules[is_kept] / share), molecules[is_kept])
     visible = csr_matrix(kept.counts.multiply(is_panel[None, :]))
     truth = log_expression(kept.counts, kept.library_size)[:, part.columns]
@@ -296,8 +298,8 @@ def panel_task(part: ScoredCells, imputers: Mapping[str, Imputer]) -> Scores:
         expected, probability = imputed.expected[:, outside], imputed.probability[:, outside]
         scores[data, method] = value_scores(truth[:, outside], expected)
         scores[data, method] |= profile_correlations(truth[:, outside], expected)
-        rows = np.nonzero(np.ones_like(is_zero))[0]
-        scores[data, method] |= _errors_of_cells(truth[:, outside].ravel(), expected.ravel(), rows)
+        units = np.repeat(kept.units, is_zero.shape[1])
+        scores[data, method] |= _errors_of_units(truth[:, outside].ravel(), expected.ravel(), units)
         scores[data, method] |= detection_scores(probability, ~is_zero) | sizes_of_task
         scores[data, method]["over_imputation_rate"] = over_imputation_rate(
             expected[is_zero], full_sizes[is_zero]
@@ -305,11 +307,11 @@ def panel_task(part: ScoredCells, imputers: Mapping[str, Imputer]) -> Scores:
     return scores
 
 
-def _errors_of_cells(true: np.ndarray, predicted: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
-    """Absolute errors of entries (n,) summed by their cell (n,), and how many each cell has."""
-    cells = np.unique(rows, return_inverse=True)[1]
-    totals, counts = np.bincount(cells, weights=np.abs(predicted - true)), np.bincount(cells)
-    return {PER_CELL: {"mae": np.stack([totals, counts], axis=1)}}
+def _errors_of_units(true: np.ndarray, predicted: np.ndarray, units: np.ndarray) -> dict[str, Any]:
+    """Absolute errors of entries (n,) summed by their unit (n,), and how many each unit has."""
+    names, places = np.unique(units, return_inverse=True)
+    totals, counts = np.bincount(places, weights=np.abs(predicted - true)), np.bincount(places)
+    return {PER_CELL: {"mae": np.stack([names, totals, counts], axis=1)}}
 
 
 def _predictions(

@@ -367,6 +367,11 @@ def _result(
             numbers = [_row_numbers(run, group) for run in of_seeds if group is None or group in run.groups]
             rows.append({"data": what, "method": method} | summarise(numbers))
     per_unit = {method: _by_unit(of_seeds) for method, of_seeds in runs.items()}
+    intervals = _intervals(per_unit)
+    for row in rows:
+        of_method = intervals.get(row["method"], {}) if row["data"] == data else {}
+        for name, found in of_method.items():
+            row[f"{name}_low"], row[f"{name}_high"] = found["low"], found["high"]
     first = runs[MODEL][0]
     predicted, true = _common_genes(first)
     return {
@@ -377,7 +382,7 @@ def _result(
         "note": _note(protocol, left_out, n_without_target),
         "details": {
             "per_unit": per_unit,
-            "intervals": _intervals(per_unit),
+            "intervals": intervals,
             "units": first.units,
             "predicted_delta": predicted,
             "true_delta": true,
@@ -435,7 +440,8 @@ def _intervals(per_unit: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dic
 
 def _note(protocol: PerturbationProtocol, left_out: Mapping[str, int], n_without_target: int) -> str:
     parts = [
-        "Changes of mean log1p CP10k against real held-out controls; mean over units, spread over seeds. A "
+        "Changes of mean log1p CP10k against real held-out controls; mean over units, spread over seeds, "
+        "in brackets the 95 % bootstrap interval over units. A "
         "constant prediction has correlation -1 (n_degenerate of them). Centroid: after the training mean is "
         "taken away, which leaves nothing of the perturbed mean (-1), and of no change that mean with its "
         "noise. Discrimination: 0.5 is no information, a fold with one perturbation has none. The ceiling is "

@@ -19,7 +19,7 @@ import numpy as np
 from modeling_scdiva.evaluation.report import summarise
 from modeling_scdiva.fresh_model import random_weights
 from modeling_scdiva.metrics.denoising_baselines import BaselineFitter, DenoisingBaselines
-from modeling_scdiva.metrics.intervals import bootstrap_interval, ratio_of_sums
+from modeling_scdiva.metrics.intervals import MIN_GROUPS_FOR_INTERVAL, bootstrap_interval, ratio_of_sums
 from modeling_scdiva.metrics.reconstruction import (
     cell_gene_scores,
     cell_value_scores,
@@ -58,7 +58,8 @@ PER_CELL = "per_cell"
 BOUNDED = {"gene_loss": "gene_loss", "value_rmse": "value_rmse"}
 NOTE = (
     "Gene loss in nats per hidden gene, values in log1p units; means over cells, at hidden places only; "
-    "spread over seeds, in brackets the 95 % bootstrap interval over the cells of all seeds. "
+    "spread over seeds, in brackets the 95 % bootstrap interval over cells, or over groups where "
+    "these are held out. "
     "Baselines know the other cells of the same data. lattice: genes that fit arithmetically between the "
     "visible neighbours, weighted by frequency (unigram), by frequency at that rank (rank unigram) or by "
     "frequency and count (counts); neighbour score is the same arithmetic for values. A model that does not "
@@ -157,6 +158,7 @@ def evaluate_reconstruction(
     if not len(seeds):
         msg = "seeds is empty; one run needs one seed."
         raise ValueError(msg)
+    units = resampling_units(adata, split_key)
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for seed in seeds:
         train, test = split_cells(adata, split_key, seed=seed)
@@ -174,6 +176,7 @@ def evaluate_reconstruction(
                 mask_ratio=ratio,
                 seed=seed,
                 with_lattice=tokenizer.gene_order != "random",
+                units=units[test],
             )
             for method, scores in found.items():
                 runs.setdefault((data, method), []).append(scores)
@@ -199,12 +202,13 @@ def evaluate_reconstruction(
 
 
 def result_rows(runs: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Average the runs of every row of a table, and bound the averages by resampling cells.
+    """Average the runs of every row of a table, and bound the averages by resampling units.
 
     Args:
         runs: (data, method) -> numbers of each run; a number that a run lacks is undefined in the mean.
-            ``per_cell`` may hold, for some of the numbers, arrays (cells, 2) of a total and of how much went
-            into it; the cells of all runs are resampled together.
+            ``per_cell`` may hold, for some of the numbers, arrays (cells, 3) of the unit of each cell, a
+            total and how much went into it. Units of all runs are resampled; one that occurs in several runs
+            stays one.
 
     Returns:
         Flat rows.
@@ -215,8 +219,10 @@ def result_rows(runs: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> 
         complete = [{name: run.get(name) for name in names} for run in of_runs]
         row = {"data": data, "method": method} | summarise(complete)
         for name in of_runs[0].get(PER_CELL, {}):
-            parts = [run[PER_CELL].get(name, np.empty((0, 2))) for run in of_runs]
-            totals, counts = np.concatenate(parts).T
+            parts = [run[PER_CELL].get(name, np.empty((0, 3))) for run in of_runs]
+            units, sums, sizes = np.concatenate(parts).T
+            places = np.unique(units, return_inverse=True)[1]
+            totals, counts = np.bincount(places, weights=sums), np.bincount(places, weights=sizes)
             if row[name] is not None and len(totals) > 1:
                 row[f"{name}_low"], row[f"{name}_high"] = bootstrap_interval(
                     np.arange(len(totals)), statistic=ratio_of_sums(totals, counts)
@@ -225,22 +231,42 @@ def result_rows(runs: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> 
     return rows
 
 
-def with_cells(of_cells: Sequence[Mapping[str, float]], bounded: Mapping[str, str]) -> dict[str, Any]:
+def resampling_units(adata: Any, split_key: str | None) -> np.ndarray:
+    """Say what is resampled for an interval: groups where the split keeps enough of them, else cells.
+
+    Args:
+        adata: AnnData with N cells.
+        split_key: As in `split_cells`.
+
+    Returns:
+        (N,) number of the unit of each cell.
+    """
+    if split_key is None:
+        return np.arange(adata.n_obs)
+    groups = obs_column(adata, split_key, what="split groups")
+    names, places = np.unique(groups, return_inverse=True)
+    return places if len(names) >= MIN_GROUPS_FOR_INTERVAL else np.arange(adata.n_obs)
+
+
+def with_cells(
+    of_cells: Sequence[tuple[int, Mapping[str, float]]], bounded: Mapping[str, str], units: np.ndarray
+) -> dict[str, Any]:
     """Average the scores of cells and keep those that get an interval.
 
     Args:
-        of_cells: Scores of each cell.
+        of_cells: Row and scores of each cell.
         bounded: Score of a cell -> name of its mean in the row.
+        units: (N,) what is resampled, for each row.
 
     Returns:
         Name -> mean, and ``per_cell`` as `result_rows` takes it.
     """
     kept = {}
     for score, name in bounded.items():
-        values = np.array([scores[score] for scores in of_cells if score in scores])
-        if len(values):
-            kept[name] = np.stack([values, np.ones(len(values))], axis=1)
-    return mean_over_cells(of_cells) | {PER_CELL: kept}
+        found = [(units[row], scores[score], 1.0) for row, scores in of_cells if score in scores]
+        if found:
+            kept[name] = np.array(found)
+    return mean_over_cells([scores for _, scores in of_cells]) | {PER_CELL: kept}
 
 
 def masked_scores(
@@ -251,6 +277,7 @@ def masked_scores(
     mask_ratio: float,
     seed: int,
     with_lattice: bool = True,
+    units: np.ndarray | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Score models and baselines on the same hidden genes.
 
@@ -261,26 +288,28 @@ def masked_scores(
         mask_ratio: Share of a cell's genes that is hidden.
         seed: Of the draws.
         with_lattice: Score the lattice laws; they need cells in ranking order.
+        units: (N,) what an interval resamples; default single cells.
 
     Returns:
         Method -> means over cells: gene scores, value scores, or both; ``per_cell`` for `result_rows`.
     """
     mask_token_id = next(iter(models.values())).config.mask_token_id
-    of_cells: dict[str, list[dict[str, float]]] = {method: [] for method in models}
-    for _, batch in masked_batches(
+    units = np.arange(len(cells.n_genes)) if units is None else units
+    of_cells: dict[str, list[tuple[int, dict[str, float]]]] = {method: [] for method in models}
+    for rows, batch in masked_batches(
         cells, mask_ratio=mask_ratio, mask_token_id=mask_token_id, seed=seed, batch_size=BATCH_SIZE
     ):
         for method, model in models.items():
             leaks = copy_accuracy(model, batch)
-            for entry, leak in zip(predict_hidden(model, batch), leaks, strict=True):
+            for row, entry, leak in zip(rows, predict_hidden(model, batch), leaks, strict=True):
                 leaked = {"visible_copy_accuracy": float(leak)} if np.isfinite(leak) else {}
-                of_cells[method].append(entry_scores(entry) | leaked)
+                of_cells[method].append((row, entry_scores(entry) | leaked))
         labels = batch["labels"].numpy()
         for cell, law_name, law in iter_gene_laws(batch, baselines, with_lattice=with_lattice):
             genes = labels[cell][labels[cell] >= 0]
             with np.errstate(divide="ignore"):
                 scores = cell_gene_scores(score_gene_laws(np.log(law), genes), genes)
-            of_cells.setdefault(law_name.replace("_", " "), []).append(scores)
+            of_cells.setdefault(law_name.replace("_", " "), []).append((rows[cell], scores))
         is_masked = batch["is_masked"].numpy()
         true = batch["expression_labels"].numpy()
         ends = np.cumsum(is_masked.sum(axis=1))[:-1]
@@ -288,9 +317,12 @@ def masked_scores(
             for cell, part in enumerate(np.split(predicted, ends)):
                 if len(part):
                     scores = cell_value_scores(true[cell][is_masked[cell]], part)
-                    of_cells.setdefault(value_name.replace("_", " "), []).append(scores)
+                    of_cells.setdefault(value_name.replace("_", " "), []).append((rows[cell], scores))
     # One set of names for every run of a method: what is undefined in all cells is not there in any.
-    return {method: with_cells([cell for cell in rows if cell], BOUNDED) for method, rows in of_cells.items()}
+    return {
+        method: with_cells([(row, scores) for row, scores in found if scores], BOUNDED, units)
+        for method, found in of_cells.items()
+    }
 
 
 def copy_scores(

@@ -19,6 +19,8 @@ import numpy as np
 from scipy import stats
 
 MIN_UNITS_FOR_PERCENTILE = 30
+# With fewer groups than these an interval over groups means little.
+MIN_GROUPS_FOR_INTERVAL = 5
 Statistic = Callable[..., Any]
 
 
