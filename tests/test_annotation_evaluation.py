@@ -18,6 +18,7 @@ from modeling_scdiva.evaluation.annotation_methods import (
 from modeling_scdiva.evaluation.report import print_result, write_result
 from modeling_scdiva.splits import leave_groups_out
 from modeling_scdiva.tasks.cells import whole_counts
+from modeling_scdiva.tasks.reference_mapping import map_to_reference
 from tokenization_scdiva import synthetic_cells
 
 CHOICES = TrainingChoices(arguments={"n_epochs": 1, "batch_size": 64})
@@ -63,6 +64,7 @@ def test_all_methods_run_on_the_same_cells(model, tokenizer, tmp_path, capsys):
         assert (row["n_cells"], row["n_classes"], row["n_seeds"]) == (160, 4, 1)
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
     assert row_of(result, "pca")["accuracy"] > 0.9
+    assert row_of(result, "pca_nearest")["accuracy"] > 0.9
     assert row_of(result, "majority")["accuracy"] == pytest.approx(0.25, abs=0.1)
     print_result(result)
     assert "scDiVa, LoRA" in capsys.readouterr().out
@@ -95,7 +97,26 @@ def test_seeds_give_mean_and_spread(model, tokenizer):
     assert both["n_seeds"] == 2
 
 
-@pytest.mark.parametrize("method", ["frozen", "lora", "pca", "variable_genes", "celltypist", "depth"])
+def test_nearest_cells_are_those_of_reference_mapping(model, tokenizer):
+    adata = made_up(100)
+    labels = adata.obs["cell_type"].to_numpy(dtype=str)
+    table = read_table(adata, labels, groups=adata.obs["donor_id"].to_numpy(), tokenizer=tokenizer)
+    split = next(leave_groups_out(table.labels, table.groups))
+    found = MethodRunner(table, model, CHOICES).run("nearest", split, 0)
+    mapping = map_to_reference(
+        adata[split.test], reference=adata[split.train], label_key="cell_type", model=model,
+        tokenizer=tokenizer, show_progress=False,
+    )  # fmt: skip
+    np.testing.assert_allclose(found.test, mapping.votes, atol=1e-5)
+    assert found.classes.tolist() == mapping.label_names
+
+
+METHODS_WITH_LABELS = [
+    "frozen", "nearest", "lora", "pca", "pca_nearest", "variable_genes", "celltypist", "depth",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS_WITH_LABELS)
 def test_labels_of_test_cells_are_never_read(model, tokenizer, method):
     """Other labels on the held-out donor, equal predictions."""
     adata = made_up(100)

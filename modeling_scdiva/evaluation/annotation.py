@@ -52,8 +52,8 @@ from modeling_scdiva.tasks.cells import CellTokenizer, check_vocabulary, obs_col
 from modeling_scdiva.tasks.classifier import encode_labels
 
 DEFAULT_METHODS = (
-    "frozen", "lora", "full", "random_frozen", "random_lora", "pca", "variable_genes", "celltypist", "depth",
-    "majority",
+    "frozen", "nearest", "lora", "full", "random_frozen", "random_nearest", "random_lora", "pca",
+    "pca_nearest", "variable_genes", "celltypist", "depth", "majority",
 )  # fmt: skip
 COLUMNS = [
     "data", "method", "macro_f1", "macro_f1_test_classes", "accuracy", "balanced_accuracy", "cohen_kappa",

@@ -30,6 +30,7 @@ from modeling_scdiva.metrics.annotation_baselines import (
     logistic_probe,
     majority_class,
     pca_logistic,
+    pca_parts,
     variable_genes_logistic,
 )
 from modeling_scdiva.modeling_scdiva import pool_cells
@@ -50,12 +51,14 @@ from modeling_scdiva.tasks.cells import (
     whole_counts,
 )
 from modeling_scdiva.tasks.classifier import predict_logits
+from modeling_scdiva.tasks.reference_mapping import MappingSettings, transfer_labels
 
 MIN_COMMON_GENES = 50
 
 # Method -> how it is called in tables. Those of the first group are scDiVa's own rows.
 MODEL_METHODS = {
     "frozen": "scDiVa, frozen + logistic regression",
+    "nearest": "scDiVa, frozen + nearest cells",
     "head": "scDiVa, frozen + trained head",
     "lora": "scDiVa, LoRA",
     "last_layers": "scDiVa, last layers",
@@ -63,6 +66,7 @@ MODEL_METHODS = {
 }
 RANDOM_METHODS = {
     "random_frozen": "random weights, frozen + logistic regression",
+    "random_nearest": "random weights, frozen + nearest cells",
     "random_lora": "random weights, LoRA",
     "random_full": "random weights, full training",
 }
@@ -75,6 +79,7 @@ METHOD_NAMES = (
     MODEL_METHODS
     | RANDOM_METHODS
     | {method: name for method, (name, _) in EXPRESSION_METHODS.items()}
+    | {"pca_nearest": "PCA-50 + nearest cells"}
     | {"depth": "depth only + logistic regression", "majority": "largest class"}
 )
 
@@ -227,11 +232,15 @@ class MethodRunner:
         """
         model = self._random_model(seed) if method in RANDOM_METHODS else self.model
         use = method.removeprefix("random_")
-        if use == "frozen":
-            key = f"{method}{seed if method in RANDOM_METHODS else ''}"
+        if use in ("frozen", "nearest"):
+            key = f"random {seed}" if method in RANDOM_METHODS else "pretrained"
             if key not in self._embeddings:
                 self._embeddings[key] = embed_tokens(model, self.table.cells, self.choices)
-            return logistic_probe(self._parts(self._embeddings[key], split), seed=seed)
+            parts = self._parts(self._embeddings[key], split)
+            return logistic_probe(parts, seed=seed) if use == "frozen" else nearest_cells(parts, seed=seed)
+        if method == "pca_nearest":
+            components = pca_parts(self._parts(self.table.expression, split), seed=seed)
+            return nearest_cells(components, seed=seed)
         if use in MODEL_METHODS:
             return self._finetuned(model, use, split, seed)
         if method in EXPRESSION_METHODS:
@@ -277,6 +286,26 @@ class MethodRunner:
         )
         notes = {"n_epochs": len(annotator.history)}
         return ClassProbabilities(np.array(annotator.label_names), validation, test, notes)
+
+
+def nearest_cells(parts: LabelledParts, *, seed: int = 0) -> ClassProbabilities:
+    """Let the nearest training cells vote, as `map_to_reference` does; nothing is trained.
+
+    Args:
+        parts: (n, D) embeddings or components.
+        seed: Of the index.
+
+    Returns:
+        Shares of the votes.
+    """
+    n_neighbors = min(MappingSettings().n_neighbors, len(parts.train) - 1)
+    settings = MappingSettings(n_neighbors=n_neighbors, seed=seed)
+    found = [
+        transfer_labels(part, parts.train, parts.train_labels, settings=settings)
+        for part in (parts.validation, parts.test)
+    ]
+    validation, test = (mapping.votes.astype(np.float64) for mapping in found)
+    return ClassProbabilities(np.array(found[0].label_names), validation, test, {"n_neighbors": n_neighbors})
 
 
 def embed_tokens(model: Any, cells: TokenizedCells, choices: TrainingChoices) -> np.ndarray:

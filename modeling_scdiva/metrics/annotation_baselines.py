@@ -143,12 +143,27 @@ def pca_logistic(parts: LabelledParts, *, n_components: int = 50, seed: int = 0)
     Returns:
         Probabilities, with ``notes["n_components"]``.
     """
+    components = pca_parts(parts, n_components=n_components, seed=seed)
+    found = logistic_probe(components, seed=seed)
+    notes = found.notes | {"n_components": components.train.shape[1]}
+    return ClassProbabilities(found.classes, found.validation, found.test, notes)
+
+
+def pca_parts(parts: LabelledParts, *, n_components: int = 50, seed: int = 0) -> LabelledParts:
+    """Project all parts on the principal components of the training cells.
+
+    Args:
+        parts: (n, G) log-normalised expression, dense or CSR.
+        n_components: Components; fewer where the training cells or genes are not enough.
+        seed: Of the decomposition.
+
+    Returns:
+        (n, K) components.
+    """
     n_components = min(n_components, *(size - 1 for size in parts.train.shape))
     solver = "arpack" if issparse(parts.train) else "full"
     pca = PCA(n_components, svd_solver=solver, random_state=seed).fit(parts.train)
-    found = logistic_probe(parts.map(pca.transform), seed=seed)
-    notes = found.notes | {"n_components": n_components}
-    return ClassProbabilities(found.classes, found.validation, found.test, notes)
+    return parts.map(pca.transform)
 
 
 def variable_genes_logistic(
