@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from huggingface_hub import HfApi
 from transformers import AutoModel, AutoTokenizer
 
-from modeling_scdiva.adapters import TRAINABLE
+from modeling_scdiva.adapters import TRAINABLE, base_of
 from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.metrics.annotation import log_normalise
 from modeling_scdiva.metrics.annotation_baselines import as_parts, pca_logistic
@@ -34,7 +34,7 @@ from modeling_scdiva.tasks.annotation import (
     default_arguments,
     finetune_annotator,
 )
-from modeling_scdiva.tasks.annotator_files import base_of, load_annotator, save_annotator
+from modeling_scdiva.tasks.annotator_files import load_annotator, save_annotator
 from modeling_scdiva.tasks.cells import whole_counts
 from tokenization_scdiva import synthetic_cells, synthetic_tokenizer
 

@@ -19,12 +19,13 @@ from accelerate import Accelerator
 from transformers import AutoTokenizer
 
 from modeling_scdiva import ScDivaForMaskedDiffusion
+from modeling_scdiva.adapters import save_adapter
 from modeling_scdiva.finetuning import FinetuningArguments
 from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.tasks.cells import obs_column
 from modeling_scdiva.tasks.clamping import ClampSettings, clamp_genes
 from modeling_scdiva.tasks.perturbation import finetune_perturbation, predict_perturbation
-from modeling_scdiva.tasks.perturbation_data import unknown_targets
+from modeling_scdiva.tasks.perturbation_data import control_cells, unknown_targets
 from modeling_scdiva.tasks.perturbation_training import PerturbationSettings, with_delta_decoder
 from tokenization_scdiva import GeneVocabulary, ScDivaTokenizer, synthetic_cells
 
@@ -89,8 +90,11 @@ def load(arguments: argparse.Namespace) -> tuple[anndata.AnnData, Any, Any]:
 
 
 def learn(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tokenizer: Any) -> None:
-    """Fine-tune on the whole screen, save, predict, write."""
+    """Fine-tune on the screen (some of it decides when to stop), save, predict, write."""
     labels = obs_column(cells, arguments.perturbation_key, what="perturbations")
+    named_controls = {
+        "perturbation_key": arguments.perturbation_key, "control_label": arguments.control_label
+    }  # fmt: skip
     named = (entry.partition("=") for entry in arguments.target)
     genes = {name: [gene for gene in listed.split(",") if gene] for name, _, listed in named}
     reading = {"vocabulary": tokenizer.vocabulary, "control_label": arguments.control_label}
@@ -102,8 +106,7 @@ def learn(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tok
         cells,
         model=with_delta_decoder(model),
         tokenizer=tokenizer,
-        perturbation_key=arguments.perturbation_key,
-        control_label=arguments.control_label,
+        **named_controls,
         settings=PerturbationSettings(
             match_keys=arguments.match_keys,
             perturbation_genes=genes,
@@ -118,10 +121,9 @@ def learn(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tok
         return
     first, last = (fit.history[epoch]["delta_loss"] for epoch in (0, -1))
     print(f"Loss {first:.3f} -> {last:.3f} (predicting no change: 1).")
-    fit.model.save_pretrained(arguments.output / "scdiva_perturbation")
-    tokenizer.save_pretrained(arguments.output / "scdiva_perturbation")
+    save_adapter(fit.model, arguments.output / "scdiva_perturbation", tokenizer=tokenizer)
     predicted = predict_perturbation(
-        cells[labels == arguments.control_label],
+        control_cells(cells, **named_controls),
         model=fit.model,
         tokenizer=tokenizer,
         perturbations=arguments.perturbations or [*fit.perturbations, *fit.validation],
@@ -139,11 +141,8 @@ def learn(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tok
 def clamp(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tokenizer: Any) -> None:
     """Clamp genes in control cells, print what moves most, write the table."""
     if arguments.perturbation_key in cells.obs:
-        labels = obs_column(cells, arguments.perturbation_key, what="perturbations")
-        if arguments.control_label not in labels:
-            msg = f"No cell is labelled {arguments.control_label!r}, but {sorted(set(labels))[:12]}."
-            raise SystemExit(msg)
-        cells = cells[labels == arguments.control_label]
+        key, label = arguments.perturbation_key, arguments.control_label
+        cells = control_cells(cells, perturbation_key=key, control_label=label)
     chosen = np.random.default_rng(0).permutation(cells.n_obs)[: arguments.n_cells]
     off = arguments.off or ([] if arguments.up else [cells.var_names[int(np.argmax(cells.X.sum(axis=0)))]])
     found = clamp_genes(

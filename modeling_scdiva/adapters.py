@@ -8,13 +8,15 @@ Notable choices:
 Source: Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models"; METHOD.md section 7.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers.utils import cached_file
 
 Trainable = Literal["lora", "full", "last_layers", "head"]
 TRAINABLE = ("lora", "full", "last_layers", "head")
@@ -28,6 +30,7 @@ library_name: peft
 Low-rank adapter of a masked diffusion model of single cells. It loads over its base, which
 `adapter_config.json` names.
 """
+ADAPTER_FILE = "adapter_config.json"
 LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -155,10 +158,101 @@ def save_adapter(
         if is_local:
             _check_base(model, Path(base))
         settings.base_model_name_or_path = str(Path(base).resolve()) if is_local else base
+        # Of a base with its own code PEFT notes a module that exists in this process only.
+        if (settings.auto_mapping or {}).get("parent_library", "").startswith("transformers_modules"):
+            settings.auto_mapping = None
     model.save_pretrained(folder)
     # PEFT's own card names local paths and leaves the rest to be filled in.
     named = "" if is_local else f"base_model: {base}\n"
     (folder / "README.md").write_text(ADAPTER_CARD.format(base_model=named), encoding="utf-8")
+
+
+def load_adapter(
+    name_or_folder: str | Path,
+    *,
+    wrap: Callable[[Any], nn.Module] | None = None,
+    base_model: str | Path | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Load an adapter over its base.
+
+    Args:
+        name_or_folder: Folder that `save_adapter` wrote, or its Hub id.
+        wrap: Makes of the encoder the model that was fine-tuned, such as `with_delta_decoder`; its head is
+            drawn first, then replaced by the adapter's. Default the encoder itself.
+        base_model: Path or Hub id of the base, if it is no longer where the adapter says.
+        revision: Branch, tag or commit of the adapter on the Hub. That of the base is the one which the
+            adapter names.
+        **kwargs: For ``from_pretrained`` of the base: ``trust_remote_code``, ``dtype``.
+
+    Returns:
+        The `peft.PeftModel` in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If there is no adapter, or its base is not where it says.
+    """
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    adapter_file = find_saved_file(name_or_folder, ADAPTER_FILE, revision)
+    if adapter_file is None:
+        msg = f"{name_or_folder} holds no {ADAPTER_FILE}: load a whole model with from_pretrained."
+        raise FileNotFoundError(msg)
+    base = base_of(name_or_folder, base_model=base_model, revision=revision)
+    settings = json.loads(Path(adapter_file).read_text("utf-8"))
+    base_revision = settings.get("revision") if base_model is None else None
+    with torch.random.fork_rng(devices=[]):
+        encoder = AutoModel.from_pretrained(base, revision=base_revision, **kwargs)
+        model = encoder if wrap is None else wrap(encoder)
+    return PeftModel.from_pretrained(model, str(name_or_folder), revision=revision).eval()
+
+
+def base_of(
+    name_or_folder: str | Path, *, base_model: str | Path | None = None, revision: str | None = None
+) -> str:
+    """Say where weights and tokenizer of a fine-tuned model are: beside it, or in the base of its adapter.
+
+    Args:
+        name_or_folder: Folder that `save_adapter` wrote, or its Hub id.
+        base_model: Path or Hub id of the base, if it is no longer where the adapter says.
+        revision: Branch, tag or commit of it on the Hub.
+
+    Returns:
+        Path or Hub id for ``from_pretrained``.
+
+    Raises:
+        FileNotFoundError: If an adapter names a base by a path that is not there.
+    """
+    adapter_file = find_saved_file(name_or_folder, ADAPTER_FILE, revision)
+    if adapter_file is None:
+        return str(name_or_folder)
+    if base_model is not None:
+        return str(base_model)
+    base = json.loads(Path(adapter_file).read_text("utf-8"))["base_model_name_or_path"]
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        msg = f"The adapter {name_or_folder} stands on {base}, which is not there. Pass base_model=..."
+        raise FileNotFoundError(msg)
+    return str(base)
+
+
+def find_saved_file(name_or_folder: str | Path, file_name: str, revision: str | None = None) -> str | None:
+    """Find a file of a saved model in its folder, or on the Hub where there is no such folder.
+
+    Args:
+        name_or_folder: Folder or Hub id.
+        file_name: Name of the file.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        Its path, or None.
+    """
+    if Path(name_or_folder).is_dir():
+        path = Path(name_or_folder) / file_name
+        return str(path) if path.is_file() else None
+    return cached_file(
+        str(name_or_folder), file_name, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
 
 
 def _check_base(model: Any, folder: Path) -> None:

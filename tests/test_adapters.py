@@ -190,7 +190,8 @@ with torch.no_grad():
 
 sys.meta_path.remove(blocked)
 from modeling_scdiva.tasks.annotation import annotate_cells
-from modeling_scdiva.tasks.annotator_files import base_of, load_annotator
+from modeling_scdiva.adapters import base_of
+from modeling_scdiva.tasks.annotator_files import load_annotator
 from tokenization_scdiva import synthetic_cells
 tokenizer = AutoTokenizer.from_pretrained(base_of(folder))
 adata = synthetic_cells(n_cells=12, n_genes=120, seed=9)
@@ -377,7 +378,8 @@ def test_impossible_choices(classifier, arguments, message):
 
 FROM_THE_CACHE = """
 import sys
-from modeling_scdiva.tasks.annotator_files import base_of, load_annotator
+from modeling_scdiva.adapters import base_of
+from modeling_scdiva.tasks.annotator_files import load_annotator
 
 for repository in ("lab/adapter", "lab/whole"):
     for revision in ("v1", "v2"):

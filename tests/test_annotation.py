@@ -12,7 +12,7 @@ import torch
 from scipy.special import softmax
 
 from modeling_scdiva import ScDivaModel
-from modeling_scdiva.adapters import make_trainable
+from modeling_scdiva.adapters import base_of, make_trainable
 from modeling_scdiva.finetuning import FinetuningArguments
 from modeling_scdiva.tasks.annotation import (
     OBS_KEYS,
@@ -26,7 +26,7 @@ from modeling_scdiva.tasks.annotation import (
     finetune_annotator,
     validation_score,
 )
-from modeling_scdiva.tasks.annotator_files import ANNOTATOR_FILE, base_of, load_annotator, save_annotator
+from modeling_scdiva.tasks.annotator_files import ANNOTATOR_FILE, load_annotator, save_annotator
 from modeling_scdiva.tasks.cells import read_cells
 from modeling_scdiva.tasks.classifier import WeightedClassifier, make_classifier, predict_logits
 from tokenization_scdiva import ScDivaTokenizer, build_vocabulary, synthetic_cells

@@ -57,7 +57,9 @@ def test_what_is_missing_is_told(monkeypatch):
         KeyError, match=r"no column 'guide' .* Columns: 'cell_type', 'donor_id', 'perturbation'"
     ):
         run(monkeypatch, script, *words, "--perturbation_key", "guide")
-    with pytest.raises(SystemExit, match=r"No cell is labelled 'control', but \['GENE1', 'NT'\]"):
+    with pytest.raises(
+        ValueError, match=r"no control \(control_label='control'\)\. Labels: 'GENE1', 'NT'\. Name the label"
+    ):
         run(monkeypatch, script, *words, "--mode", "clamp")
 
 

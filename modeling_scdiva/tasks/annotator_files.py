@@ -16,16 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModel, AutoModelForSequenceClassification
-from transformers.utils import cached_file
+from transformers import AutoModelForSequenceClassification
 
-from modeling_scdiva.adapters import save_adapter
+from modeling_scdiva.adapters import ADAPTER_FILE, base_of, find_saved_file, load_adapter, save_adapter
 from modeling_scdiva.tasks.annotation import AnnotationCalibration, CellAnnotator
 from modeling_scdiva.tasks.classifier import make_classifier
 
 ANNOTATOR_FILE = "scdiva_annotator.json"
-ADAPTER_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 
 
@@ -85,19 +82,15 @@ def load_annotator(
     """
     content = _read(name_or_folder, revision)
     base = base_of(name_or_folder, base_model=base_model, revision=revision)
-    adapter_file = _find(name_or_folder, ADAPTER_FILE, revision)
     model: Any
-    if adapter_file is None:
+    if find_saved_file(name_or_folder, ADAPTER_FILE, revision) is None:
         model = AutoModelForSequenceClassification.from_pretrained(base, revision=revision, **kwargs)
     else:
-        from peft import PeftModel
-
-        adapter = json.loads(Path(adapter_file).read_text("utf-8"))
-        base_revision = adapter.get("revision") if base_model is None else None
-        with torch.random.fork_rng(devices=[]):  # the head is drawn first, then replaced by the adapter's
-            encoder = AutoModel.from_pretrained(base, revision=base_revision, **kwargs)
-            classifier = make_classifier(encoder, content["label_names"])
-        model = PeftModel.from_pretrained(classifier, str(name_or_folder), revision=revision)
+        names = content["label_names"]
+        model = load_adapter(
+            name_or_folder, wrap=lambda encoder: make_classifier(encoder, names), base_model=base_model,
+            revision=revision, **kwargs,
+        )  # fmt: skip
     expected, found = content["vocabulary_hash"], model.config.vocabulary_hash
     if expected != found:
         msg = (
@@ -116,34 +109,6 @@ def load_annotator(
     )
 
 
-def base_of(
-    name_or_folder: str | Path, *, base_model: str | Path | None = None, revision: str | None = None
-) -> str:
-    """Say where weights and tokenizer of an annotator are: beside it, or in the base of its adapter.
-
-    Args:
-        name_or_folder: Folder that `save_annotator` wrote, or its Hub id.
-        base_model: Path or Hub id of the base, if it is no longer where the adapter says.
-        revision: Branch, tag or commit of the annotator on the Hub.
-
-    Returns:
-        Path or Hub id for ``from_pretrained``.
-
-    Raises:
-        FileNotFoundError: If an adapter names a base by a path that is not there.
-    """
-    adapter_file = _find(name_or_folder, ADAPTER_FILE, revision)
-    if adapter_file is None:
-        return str(name_or_folder)
-    if base_model is not None:
-        return str(base_model)
-    base = json.loads(Path(adapter_file).read_text("utf-8"))["base_model_name_or_path"]
-    if Path(base).is_absolute() and not Path(base).is_dir():
-        msg = f"The adapter {name_or_folder} stands on {base}, which is not there. Pass base_model=..."
-        raise FileNotFoundError(msg)
-    return str(base)
-
-
 def _read(name_or_folder: str | Path, revision: str | None) -> dict[str, Any]:
     """Read what stands beside the weights.
 
@@ -154,7 +119,7 @@ def _read(name_or_folder: str | Path, revision: str | None) -> dict[str, Any]:
         FileNotFoundError: If it is not there.
         ValueError: If it is of another format.
     """
-    path = _find(name_or_folder, ANNOTATOR_FILE, revision)
+    path = find_saved_file(name_or_folder, ANNOTATOR_FILE, revision)
     if path is None:
         msg = (
             f"{name_or_folder} holds no {ANNOTATOR_FILE}, so the names of the classes are unknown. Wanted is "
@@ -169,13 +134,3 @@ def _read(name_or_folder: str | Path, revision: str | None) -> dict[str, Any]:
         )
         raise ValueError(msg)
     return content
-
-
-def _find(name_or_folder: str | Path, file_name: str, revision: str | None) -> str | None:
-    """Find a file in a folder, or on the Hub where there is no such folder."""
-    if Path(name_or_folder).is_dir():
-        path = Path(name_or_folder) / file_name
-        return str(path) if path.is_file() else None
-    return cached_file(
-        str(name_or_folder), file_name, revision=revision, _raise_exceptions_for_missing_entries=False
-    )

@@ -217,7 +217,7 @@ def predict_perturbation(
     """Predict how expression changes in these cells under perturbations, seen in training or not.
 
     Args:
-        adata: AnnData of control cells; the prediction is their mean.
+        adata: AnnData of control cells alone, see `control_cells`; the prediction is their mean.
         model: Fine-tuned `ScDivaForPerturbation`, or the PEFT model around it.
         tokenizer: The tokenizer of this model.
         perturbations: Names such as "A" or "A+B"; targets are genes of the vocabulary, or are listed in

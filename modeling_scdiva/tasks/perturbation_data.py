@@ -112,6 +112,50 @@ def perturbation_name(parts: Sequence[str]) -> str:
     return "+".join(sorted(parts)) or CONTROL
 
 
+def read_perturbations(adata: Any, *, perturbation_key: str, control_label: str = CONTROL) -> np.ndarray:
+    """Read what was done to each cell.
+
+    Args:
+        adata: AnnData with N cells, controls among them.
+        perturbation_key: Column of ``obs`` that names the perturbation of each cell, pairs as "A+B".
+        control_label: Entry of that column for controls.
+
+    Returns:
+        (N,) names as `perturbation_name` writes them, "control" for controls.
+
+    Raises:
+        ValueError: If there are no controls.
+    """
+    labels = obs_column(adata, perturbation_key, what="perturbations")
+    names = {
+        label: perturbation_name(split_perturbation(label, control_label=control_label))
+        for label in sorted(set(labels))
+    }
+    # "ctrl" stands for the default label; any other label was named, and must be there.
+    if CONTROL not in names.values() or control_label not in {*labels, *CONTROL_WORDS}:
+        msg = (
+            f"obs[{perturbation_key!r}] holds no control (control_label={control_label!r}). Labels: "
+            f"{shown(sorted(names))}. Name the label of the controls."
+        )
+        raise ValueError(msg)
+    return np.array([names[label] for label in labels], dtype=object)
+
+
+def control_cells(adata: Any, *, perturbation_key: str, control_label: str = CONTROL) -> Any:
+    """Take the controls out of a screen. A screen without any is refused, with the labels it has.
+
+    Args:
+        adata: AnnData with N cells.
+        perturbation_key: Column of ``obs`` that names the perturbation of each cell.
+        control_label: Entry of that column for controls.
+
+    Returns:
+        View of the controls, for `predict_perturbation` or `clamp_genes`.
+    """
+    names = read_perturbations(adata, perturbation_key=perturbation_key, control_label=control_label)
+    return adata[names == CONTROL]
+
+
 def read_perturbed_cells(
     adata: Any,
     *,
@@ -135,30 +179,22 @@ def read_perturbed_cells(
         The cells in the order of the file.
 
     Raises:
-        ValueError: If there are no controls, nothing but controls, or perturbed cells of a group without any
-            control.
+        ValueError: If there are controls only, or perturbed cells of a group without any control.
     """
     max_genes = reading.pop("max_genes", None) or tokenizer.max_genes
     everything = read_cells(adata, tokenizer=tokenizer, max_genes=tokenizer.vocab_size, **reading)
-    labels = obs_column(adata, perturbation_key, what="perturbations")
-    names = {
-        label: perturbation_name(split_perturbation(label, control_label=control_label))
-        for label in sorted(set(labels))
-    }
-    perturbations = np.array([names[label] for label in labels], dtype=object)
+    perturbations = read_perturbations(adata, perturbation_key=perturbation_key, control_label=control_label)
     is_control = perturbations == CONTROL
-    # "ctrl" stands for the default label; any other label was named, and must be there.
-    is_absent = not is_control.any() or (control_label not in {*labels, *CONTROL_WORDS})
-    if is_absent or is_control.all():
-        found = "no control" if is_absent else "controls only"
+    if is_control.all():
         msg = (
-            f"obs[{perturbation_key!r}] holds {found} (control_label={control_label!r}). Labels: "
-            f"{shown(sorted(names))}. Name the label of the controls, and give perturbed cells beside them."
+            f"obs[{perturbation_key!r}] holds controls only (control_label={control_label!r}). Give "
+            "perturbed cells beside them."
         )
         raise ValueError(msg)
     columns = [obs_column(adata, key, what="cells that are matched") for key in match_keys]
     groups = np.array(
-        [" | ".join(parts) for parts in zip(*columns, strict=True)] or [ALL_CELLS] * len(labels), dtype=object
+        [" | ".join(parts) for parts in zip(*columns, strict=True)] or [ALL_CELLS] * len(perturbations),
+        dtype=object,
     )
     lonely = sorted(set(groups[~is_control]) - set(groups[is_control]))
     if lonely:
