@@ -12,7 +12,7 @@ Source: Lopez et al. 2018 (scVI); Xu et al. 2021 (scANVI).
 import importlib.util
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -109,13 +109,16 @@ class ScviImputer:
 
 @contextmanager
 def _scvi_tools(seed: int) -> Iterator[Any]:
-    """Give the seeded library; put the global generators back that it seeds."""
+    """Give the seeded library, outside a caller's autocast; put the global generators back that it seeds."""
     if not has_scvi():
         msg = 'This baseline needs scvi-tools: pip install "scdiva[eval-full]"'
         raise ImportError(msg)
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))))
+            for device in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device, enabled=False))
             import scvi
 
             scvi.settings.seed = seed
