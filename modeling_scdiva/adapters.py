@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModel
 from transformers.utils import cached_file
 
 Trainable = Literal["lora", "full", "last_layers", "head"]
@@ -30,7 +31,7 @@ library_name: peft
 Low-rank adapter of a masked diffusion model of single cells. It loads over its base, which
 `adapter_config.json` names.
 """
-ADAPTER_FILE = "adapter_config.json"
+ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -158,10 +159,12 @@ def save_adapter(
         if is_local:
             _check_base(model, Path(base))
         settings.base_model_name_or_path = str(Path(base).resolve()) if is_local else base
-        # Of a base with its own code PEFT notes a module that exists in this process only.
-        if (settings.auto_mapping or {}).get("parent_library", "").startswith("transformers_modules"):
-            settings.auto_mapping = None
     model.save_pretrained(folder)
+    # Of a base with its own code PEFT notes a module that exists in this process only.
+    saved = json.loads((folder / ADAPTER_FILE).read_text("utf-8"))
+    if "transformers_modules" in str(saved.get("auto_mapping")):
+        text = json.dumps(saved | {"auto_mapping": None}, indent=2, sort_keys=True)
+        (folder / ADAPTER_FILE).write_text(text, "utf-8")
     # PEFT's own card names local paths and leaves the rest to be filled in.
     named = "" if is_local else f"base_model: {base}\n"
     (folder / "README.md").write_text(ADAPTER_CARD.format(base_model=named), encoding="utf-8")
@@ -170,6 +173,7 @@ def save_adapter(
 def load_adapter(
     name_or_folder: str | Path,
     *,
+    auto_class: Any = AutoModel,
     wrap: Callable[[Any], nn.Module] | None = None,
     base_model: str | Path | None = None,
     revision: str | None = None,
@@ -179,8 +183,10 @@ def load_adapter(
 
     Args:
         name_or_folder: Folder that `save_adapter` wrote, or its Hub id.
-        wrap: Makes of the encoder the model that was fine-tuned, such as `with_delta_decoder`; its head is
-            drawn first, then replaced by the adapter's. Default the encoder itself.
+        auto_class: What the base is loaded as: ``AutoModelForMaskedLM`` for an adapter of integration, else
+            the encoder, ``AutoModel``.
+        wrap: Makes of the base the model that was fine-tuned, such as `with_delta_decoder`; its head is drawn
+            first, then replaced by the adapter's. Default the base itself.
         base_model: Path or Hub id of the base, if it is no longer where the adapter says.
         revision: Branch, tag or commit of the adapter on the Hub. That of the base is the one which the
             adapter names.
@@ -191,9 +197,9 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: If there is no adapter, or its base is not where it says.
+        ValueError: If the adapter belongs to another kind of model than ``auto_class`` and ``wrap`` make.
     """
-    from peft import PeftModel
-    from transformers import AutoModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     adapter_file = find_saved_file(name_or_folder, ADAPTER_FILE, revision)
     if adapter_file is None:
@@ -203,9 +209,21 @@ def load_adapter(
     settings = json.loads(Path(adapter_file).read_text("utf-8"))
     base_revision = settings.get("revision") if base_model is None else None
     with torch.random.fork_rng(devices=[]):
-        encoder = AutoModel.from_pretrained(base, revision=base_revision, **kwargs)
-        model = encoder if wrap is None else wrap(encoder)
-    return PeftModel.from_pretrained(model, str(name_or_folder), revision=revision).eval()
+        model = auto_class.from_pretrained(base, revision=base_revision, **kwargs)
+        model = model if wrap is None else wrap(model)
+    adapted = PeftModel.from_pretrained(model, str(name_or_folder), revision=revision)
+    # PEFT only warns of what is missing, and says nothing of what is left over.
+    weights = find_saved_file(name_or_folder, ADAPTER_WEIGHTS, revision)
+    saved = set() if weights is None else set(load_file(weights))
+    differing = saved ^ set(get_peft_model_state_dict(adapted))
+    if differing:
+        msg = (
+            f"The adapter {name_or_folder} does not fit a {type(model).__name__}: {len(differing)} weights "
+            f"are missing or left over, such as {min(differing)}. Pass as auto_class and wrap what made the "
+            "model that was fine-tuned."
+        )
+        raise ValueError(msg)
+    return adapted.eval()
 
 
 def base_of(
