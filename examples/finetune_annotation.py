@@ -35,7 +35,7 @@ from modeling_scdiva.tasks.annotation import (
     finetune_annotator,
 )
 from modeling_scdiva.tasks.annotator_files import load_annotator, save_annotator
-from modeling_scdiva.tasks.cells import whole_counts
+from modeling_scdiva.tasks.cells import obs_column, whole_counts
 from tokenization_scdiva import synthetic_cells, synthetic_tokenizer
 
 CONFIG = Path(__file__).parent / "configs" / "tiny.json"
@@ -105,9 +105,10 @@ def held_out(args: argparse.Namespace, cells: anndata.AnnData) -> np.ndarray:
     """Say which cells belong to the groups that are held out."""
     if not args.test_groups:
         return np.zeros(cells.n_obs, dtype=bool)
-    if not set(args.test_groups) <= set(map(str, cells.obs.get(args.group_key, []))):
-        sys.exit(f"--group_key {args.group_key}, a column of obs, has no groups {args.test_groups}.")
-    return cells.obs[args.group_key].astype(str).isin(args.test_groups).to_numpy()
+    groups = obs_column(cells, args.group_key, what="groups to hold out")
+    if not set(args.test_groups) <= set(groups):
+        sys.exit(f"--test_groups {args.test_groups} are not all in obs[{args.group_key!r}]: {set(groups)}.")
+    return np.isin(groups, args.test_groups)
 
 
 def score(args: argparse.Namespace, cells: Any, is_test: np.ndarray, annotator: Any, tokenizer: Any) -> None:
@@ -168,9 +169,7 @@ def main() -> None:
     print(f"\nAnnotator in {args.output}/.")
     if args.push_to is not None:
         if args.trainable == "lora" and Path(base_of(args.output)).exists():
-            sys.exit(
-                "The adapter's base is a local folder, which nobody else has. Name its Hub id: --base_model"
-            )
+            sys.exit("The base of the adapter is a folder nobody else has. Name its Hub id: --base_model")
         HfApi().create_repo(args.push_to, exist_ok=True)
         HfApi().upload_folder(repo_id=args.push_to, folder_path=args.output)
         print(f"Uploaded to {args.push_to}.")

@@ -46,7 +46,9 @@ def test_fine_tune_then_predict(monkeypatch, capsys):
 
 def test_what_cannot_be_done_is_said_before_training(monkeypatch):
     script = "examples/finetune_annotation.py"
-    with pytest.raises(SystemExit, match=r"--group_key donor_id, .* has no groups \['nobody'\]"):
+    with pytest.raises(
+        SystemExit, match=r"--test_groups \['nobody'\] are not all in obs\['donor_id'\]: \{.*'donor_0'"
+    ):
         run(monkeypatch, script, "--test_groups", "nobody")
     with pytest.raises(SystemExit, match="--predict needs --checkpoint"):
         run(monkeypatch, script, "--predict")

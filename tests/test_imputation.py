@@ -19,7 +19,7 @@ from modeling_scdiva.metrics.imputation import (
 from modeling_scdiva.tasks.cells import read_cells
 from modeling_scdiva.tasks.genes import gene_tokens
 from modeling_scdiva.tasks.imputation import decode_cells, impute_expression
-from tokenization_scdiva import synthetic_cells
+from tokenization_scdiva import ScDivaTokenizer, synthetic_cells
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +183,9 @@ def test_hidden_values_have_no_say(adata, fresh_tiny_model, tokenizer):
 
 def test_bad_input_is_refused(adata, model, fresh_tiny_model, tokenizer):
     settings = {"model": model, "tokenizer": tokenizer}
+    nothing = np.zeros(adata.shape, dtype=bool)
+    with pytest.raises(ValueError, match=r"leave genes, measured_genes and keep_observed out"):
+        impute_expression(adata, hidden_entries=nothing, keep_observed=False, **settings)
     with pytest.raises(ValueError, match=r"no gene-query decoder .*latent_loss_weight > 0"):
         impute_expression(adata, model=fresh_tiny_model(), tokenizer=tokenizer)
     with pytest.raises(KeyError, match=r"2 of 3 genes are not among the .* vocabulary: 'FOO', 'BAR'"):
@@ -195,7 +198,7 @@ def test_bad_input_is_refused(adata, model, fresh_tiny_model, tokenizer):
         impute_expression(adata, genes=[adata.var_names[0], adata.var["gene_symbols"].iloc[0]], **settings)
     with pytest.raises(ValueError, match="None of measured_genes is a gene of the file"):
         impute_expression(adata[:, :60].copy(), measured_genes=[adata.var_names[100]], **settings)
-    with pytest.raises(ValueError, match="leave genes and measured_genes out"):
+    with pytest.raises(ValueError, match="leave genes, measured_genes and keep_observed out"):
         impute_expression(adata, genes=[adata.var_names[0]], hidden_entries=np.zeros((1, 1)), **settings)
     with pytest.raises(ValueError, match=r"must be bool of shape \(20, 120\), got float64 of shape \(1, 1\)"):
         impute_expression(adata, hidden_entries=np.zeros((1, 1)), **settings)
@@ -304,3 +307,6 @@ def test_evaluation_refuses_what_it_cannot_use(adata, model, tokenizer):
         evaluate_imputation(adata, split_key="nope", **settings)
     with pytest.raises(ValueError, match="seeds is empty"):
         evaluate_imputation(adata, seeds=(), **settings)
+    million = ScDivaTokenizer(vocabulary=tokenizer.vocabulary, max_genes=tokenizer.max_genes, target_sum=1e6)
+    with pytest.raises(ValueError, match=r"scales cells to 1,000,000 molecules and the baselines to 10,000"):
+        evaluate_imputation(adata, model=model, tokenizer=million)

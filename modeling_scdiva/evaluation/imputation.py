@@ -44,7 +44,7 @@ from modeling_scdiva.evaluation.reconstruction import (
 )
 from modeling_scdiva.fresh_model import random_weights
 from modeling_scdiva.metrics.imputation import checked_counts
-from modeling_scdiva.metrics.imputation_baselines import Imputation
+from modeling_scdiva.metrics.imputation_baselines import TARGET_SUM, Imputation
 from modeling_scdiva.tasks.cells import check_vocabulary, refuse_path
 from modeling_scdiva.tasks.imputation import IMPUTED, PROBABILITY, impute_expression
 from modeling_scdiva.tasks.reconstruction import check_diffusion_model
@@ -96,11 +96,19 @@ def evaluate_imputation(
         at a quarter of the depth, last seed.
 
     Raises:
-        ValueError: If there is no seed, or the values are not raw counts.
+        ValueError: If there is no seed, the values are not raw counts, or the tokenizer scales to another
+            number of molecules than the baselines.
     """
     refuse_path(adata)
     check_diffusion_model(model)
     check_vocabulary(model, tokenizer)
+    if tokenizer.target_sum != TARGET_SUM:
+        msg = (
+            f"The tokenizer scales cells to {tokenizer.target_sum:,.0f} molecules and the baselines to "
+            f"{TARGET_SUM:,.0f}; errors would be in two units. Evaluate a checkpoint with "
+            f"target_sum={TARGET_SUM:g}."
+        )
+        raise ValueError(msg)
     if not len(seeds):
         msg = "seeds is empty; one run needs one seed."
         raise ValueError(msg)

@@ -90,16 +90,16 @@ def impute_expression(
         many. A model without decoder raises ``ValueError``.
 
     Raises:
-        ValueError: If ``hidden_entries`` comes together with genes.
+        ValueError: If ``hidden_entries`` comes together with genes or without ``keep_observed``.
     """
     refuse_path(adata)
     check_diffusion_model(model)
     check_vocabulary(model, tokenizer)
     if hidden_entries is not None:
-        if genes is not None or measured_genes is not None:
+        if genes is not None or measured_genes is not None or not keep_observed:
             msg = (
-                "hidden_entries predicts values at known slots of the file's own genes; leave genes and "
-                "measured_genes out, or call again without hidden_entries."
+                "hidden_entries predicts values at known slots of the file's own genes and keeps the others; "
+                "leave genes, measured_genes and keep_observed out, or call again without hidden_entries."
             )
             raise ValueError(msg)
         return _impute_slots(
@@ -133,7 +133,8 @@ def impute_expression(
         )
     var["is_known"], var["is_measured"] = is_known, np.isin(queries, measured) & is_known
     counted = {"n_genes_known": n_known, "n_genes_measured": int(var["is_measured"].sum())}
-    return _packed(adata, var, layers, model=model, counted=counted | {"keep_observed": keep_observed})
+    done = counted | {"unit": _unit(tokenizer), "keep_observed": keep_observed}
+    return _packed(adata, var, layers, model=model, counted=done)
 
 
 def _measured_tokens(columns: np.ndarray, measured_genes: Sequence[str] | None, tokenizer: Any) -> np.ndarray:
@@ -321,8 +322,16 @@ def _impute_slots(
         )
     var = adata.var.copy()
     var["is_known"] = var["is_measured"] = columns >= 0
-    counted = {"n_hidden": int(hidden.nnz), "n_hidden_without_slot": int(without_slot)}
+    counted = {
+        "n_hidden": int(hidden.nnz),
+        "n_hidden_without_slot": int(without_slot),
+        "unit": _unit(tokenizer),
+    }
     return _packed(adata, var, {IMPUTED: imputed, OBSERVED: observed}, model=model, counted=counted)
+
+
+def _unit(tokenizer: Any) -> str:
+    return f"log1p of counts per {tokenizer.target_sum:,.0f}"
 
 
 def _packed(
@@ -341,6 +350,5 @@ def _packed(
     imputed.uns["scdiva"] = {
         "task": "impute_expression",
         "checkpoint": checkpoint.rstrip("/").rsplit("/", 1)[-1],
-        "unit": "log1p of counts per 10,000",
     } | counted
     return imputed
