@@ -5,9 +5,10 @@
         --reference dorothea.parquet --confidences A B C
 
 `--method attention` takes one forward pass per cell; `conditional` hides every TF in turn and takes
-n_groups x (1 + TFs of the cell), so draw fewer cells for it (`--n_cells`). Writes one table per network, a
-regulon per TF, and with `--reference` (columns tf, target, perhaps sign and confidence) how well known edges
-are found, beside co-expression, popularity and random weights. Runs under `accelerate launch`, too.
+n_groups x (1 + TFs of the cell), so draw fewer cells for it (`--n_cells`). Writes one table per network, the
+regulons of the five TFs with the strongest scores, and with `--reference` (columns tf, target, perhaps sign
+and confidence) how well known edges are found, beside co-expression, popularity and random weights. Runs
+under `accelerate launch`, too.
 """
 
 import argparse

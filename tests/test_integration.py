@@ -385,6 +385,8 @@ def test_requests_that_cannot_be_met(adata, tokenizer, fresh_tiny_model, changes
 
 def test_wrong_model_tokenizer_or_path(adata, tokenizer, fresh_tiny_model):
     model = fresh_tiny_model()
+    with pytest.raises(TypeError, match=r"arguments=IntegrationArguments\(max_genes=\.\.\.\)"):
+        integrate(adata, fresh_tiny_model(), tokenizer, max_genes=8)
     with pytest.raises(TypeError, match=r"got a path \(cells\.h5ad\)"):
         integrate(Path("cells.h5ad"), model, tokenizer)
     with pytest.raises(ValueError, match="ScDivaModel has no diffusion heads"):

@@ -316,6 +316,22 @@ def test_early_stopping_and_lora(screen, model, tokenizer):
     assert np.isfinite(found.X).all()
 
 
+def test_transported_pairs_train_and_predict(screen, model, tokenizer):
+    """Each perturbed cell learns the difference to the controls it is moved from, not to the mean."""
+    pytest.importorskip("ot")
+    settings = PerturbationSettings(
+        pairing="optimal_transport", with_mean=False, match_keys=["batch"], validation_fraction=0.0
+    )
+    arguments = FinetuningArguments(n_epochs=15, batch_size=16, learning_rate=3e-3)
+    fit = finetune(screen, model, tokenizer, settings=settings, arguments=arguments)
+    losses = [line["delta_loss"] for line in fit.history]
+    assert losses[-1] < losses[0]
+    controls = screen[screen.obs["perturbation"] == "control"]
+    found = predict(controls, fit.model, tokenizer)
+    assert np.isfinite(found.X).all()
+    assert found.X[:, RESPONDING].mean() > found.X[:, 20:60].mean() + 0.5
+
+
 def test_saved_and_loaded_predicts_the_same(screen, model, tokenizer, tmp_path):
     fit = finetune(
         screen, model, tokenizer, settings=PerturbationSettings(validation_fraction=0.0, max_cells=8)

@@ -106,10 +106,16 @@ def integrate_batches(
 
     Returns:
         The embedding, the trained model and the log.
+
+    Raises:
+        TypeError: If ``max_genes`` comes here and not in ``arguments``.
     """
     arguments = IntegrationArguments() if arguments is None else arguments
     show_progress = bool(reading.pop("show_progress", True))
     refuse_path(adata)
+    if "max_genes" in reading:
+        msg = "max_genes belongs to the run: arguments=IntegrationArguments(max_genes=...)."
+        raise TypeError(msg)
     _check_request(model, label_key, mode, trainable)
     check_vocabulary(model, tokenizer)
     batch_codes = _batch_codes(obs_column(adata, batch_key, what="technical batches"), batch_key)
