@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from modeling_scdiva.tasks.integration import IntegratedCells, integrate_batches
     from modeling_scdiva.tasks.integration_network import IntegrationArguments
     from modeling_scdiva.tasks.perturbation import finetune_perturbation, predict_perturbation
+    from modeling_scdiva.tasks.perturbation_data import control_cells, unknown_targets
     from modeling_scdiva.tasks.perturbation_network import ScDivaForPerturbation
-    from modeling_scdiva.tasks.perturbation_training import PerturbationSettings
+    from modeling_scdiva.tasks.perturbation_training import PerturbationSettings, with_delta_decoder
     from modeling_scdiva.tasks.reconstruction import ReconstructedCells, reconstruct_cells
     from modeling_scdiva.tasks.reference_mapping import MappingSettings, map_to_reference
 
@@ -40,6 +41,7 @@ __all__ = [
     "ScDivaForPerturbation",
     "annotate_cells",
     "clamp_genes",
+    "control_cells",
     "embed_cells",
     "finetune_annotator",
     "finetune_perturbation",
@@ -53,6 +55,8 @@ __all__ = [
     "reconstruct_cells",
     "regulon",
     "save_annotator",
+    "unknown_targets",
+    "with_delta_decoder",
 ]
 
 # Module of each name.
@@ -69,6 +73,7 @@ LAZY_NAMES = {
     "ScDivaForPerturbation": "perturbation_network",
     "annotate_cells": "annotation",
     "clamp_genes": "clamping",
+    "control_cells": "perturbation_data",
     "embed_cells": "embedding",
     "finetune_annotator": "annotation",
     "finetune_perturbation": "perturbation",
@@ -82,6 +87,8 @@ LAZY_NAMES = {
     "reconstruct_cells": "reconstruction",
     "regulon": "gene_network",
     "save_annotator": "annotator_files",
+    "unknown_targets": "perturbation_data",
+    "with_delta_decoder": "perturbation_training",
 }
 
 
