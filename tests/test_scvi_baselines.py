@@ -10,7 +10,7 @@ import torch
 from modeling_scdiva.metrics import scvi_baselines
 from modeling_scdiva.metrics.imputation import profile_correlations, thin_cells
 from modeling_scdiva.metrics.imputation_baselines import gene_mean, log_expression
-from modeling_scdiva.metrics.scvi_baselines import ScviImputer, has_scvi, scvi_embedding
+from modeling_scdiva.metrics.scvi_baselines import ScviImputer, has_scvi, scvi_embeddings
 from tokenization_scdiva import synthetic_cells
 
 needs_scvi = pytest.mark.skipif(not has_scvi(), reason="scvi-tools is not installed: scdiva[eval-full]")
@@ -37,17 +37,18 @@ def distance_ratio(vectors, groups):
 def test_labels_pull_the_types_apart(cells):
     batches, types = np.arange(160) // 4 % 2, cells.obs["cell_type"].to_numpy().astype(str)
     numpy_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
-    plain = scvi_embedding(cells.X, batches, n_epochs=5, seed=1)
+    (plain,) = scvi_embeddings(cells.X, batches, n_epochs=5, seed=1).values()
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert plain.shape == (160, 10)
     assert plain.dtype == np.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # for the network beside it
-        np.testing.assert_array_equal(plain, scvi_embedding(cells.X, batches, n_epochs=5, seed=1))
     half_labelled = np.where(np.arange(160) % 8 < 6, types, "")
-    informed = scvi_embedding(cells.X, batches, labels=half_labelled, n_epochs=5, seed=1)
-    assert informed.shape == (160, 10)
-    assert distance_ratio(informed, types) > 1.2 * distance_ratio(plain, types)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # for the network beside it
+        both = scvi_embeddings(cells.X, batches, labels=half_labelled, n_epochs=5, seed=1)
+    assert set(both) == {"scVI", "scANVI"}
+    np.testing.assert_array_equal(both["scVI"], plain)  # never saw the labels
+    assert both["scANVI"].shape == (160, 10)
+    assert distance_ratio(both["scANVI"], types) > 1.2 * distance_ratio(plain, types)
 
 
 @needs_scvi
@@ -69,6 +70,6 @@ def test_imputation_beats_the_mean(cells):
 
 def test_without_the_library_one_reads_what_to_install(cells, monkeypatch):
     monkeypatch.setattr(scvi_baselines, "has_scvi", lambda: False)
-    for call in (lambda: scvi_embedding(cells.X, np.zeros(160)), lambda: ScviImputer(cells.X)):
+    for call in (lambda: scvi_embeddings(cells.X, np.zeros(160)), lambda: ScviImputer(cells.X)):
         with pytest.raises(ImportError, match=r'pip install "scdiva\[eval-full\]"'):
             call()

@@ -29,7 +29,7 @@ from modeling_scdiva.fresh_model import random_weights
 from modeling_scdiva.metrics import integration_baselines as baselines
 from modeling_scdiva.metrics.annotation import depth_features
 from modeling_scdiva.metrics.integration import integration_scores, integration_settings
-from modeling_scdiva.metrics.scvi_baselines import N_SCANVI_EPOCHS, has_scvi, scvi_embedding
+from modeling_scdiva.metrics.scvi_baselines import N_SCANVI_EPOCHS, has_scvi, scvi_embeddings
 from modeling_scdiva.splits import stratified_subset
 from modeling_scdiva.tasks.cells import CellTokenizer, encoder_of, obs_column, refuse_path, whole_counts
 from modeling_scdiva.tasks.embedding import embed_cells
@@ -199,6 +199,7 @@ class _Rivals:
             self.counts, batches, n_top_genes=protocol.n_top_genes
         )
         self._kept: dict[str, np.ndarray] = {}
+        self._scvi: dict[int, dict[str, np.ndarray]] = {}
 
     def methods(self) -> Iterator[tuple[str, str, Callable[[int], np.ndarray]]]:
         """Yield name, whether the labels are seen, and the function; no integration comes first."""
@@ -206,13 +207,13 @@ class _Rivals:
         yield "Harmony", "no", self.harmony
         with_scvi = self.protocol.n_scvi_epochs and has_scvi()
         if with_scvi:
-            yield "scVI", "no", self.scvi
+            yield "scVI", "no", lambda seed: self.scvi(seed)["scVI"]
         yield "scDiVa, frozen", "no", self.frozen
         yield "random-weights scDiVa, frozen", "no", self.random_weights
         yield "scDiVa, label-free", "no", self.label_free
         if self.protocol.with_label_informed:
             if with_scvi:
-                yield "scANVI", "yes", self.scanvi
+                yield "scANVI", "yes", lambda seed: self.scvi(seed)["scANVI"]
             yield "scDiVa, label-informed", "yes", self.label_informed
             yield "control: label-informed scDiVa on permuted labels", "permuted", self.permuted_labels
         yield "control: random Gaussian", "no", self.random
@@ -226,13 +227,18 @@ class _Rivals:
     def harmony(self, seed: int) -> np.ndarray:
         return baselines.harmony_embedding(self.pca(seed), self.batches, seed=seed)
 
-    def scvi(self, seed: int, labels: np.ndarray | None = None) -> np.ndarray:
-        counts = self.counts[:, np.flatnonzero(self.is_chosen)]
-        n_epochs = self.protocol.n_scvi_epochs
-        return scvi_embedding(counts, self.batches, labels=labels, n_epochs=n_epochs, seed=seed)
-
-    def scanvi(self, seed: int) -> np.ndarray:
-        return self.scvi(seed, self.labels)
+    def scvi(self, seed: int) -> dict[str, np.ndarray]:
+        if seed not in self._scvi:  # scANVI starts from scVI: one run gives both
+            self._scvi = {
+                seed: scvi_embeddings(
+                    self.counts[:, np.flatnonzero(self.is_chosen)],
+                    self.batches,
+                    labels=self.labels if self.protocol.with_label_informed else None,
+                    n_epochs=self.protocol.n_scvi_epochs,
+                    seed=seed,
+                )
+            }
+        return self._scvi[seed]
 
     def random(self, seed: int) -> np.ndarray:
         n_components = self.protocol.n_components

@@ -38,25 +38,25 @@ def has_scvi() -> bool:
     return importlib.util.find_spec("scvi") is not None
 
 
-def scvi_embedding(
+def scvi_embeddings(
     counts: Any,
     batches: Sequence[Any] | np.ndarray,
     *,
     labels: Sequence[str] | np.ndarray | None = None,
     n_epochs: int = 20,
     seed: int = 0,
-) -> np.ndarray:
-    """Integrate with scVI, or with scANVI where labels are given: the posterior mean of the latent space.
+) -> dict[str, np.ndarray]:
+    """Integrate with scVI and, where labels are given, scANVI: posterior means of the latent space.
 
     Args:
         counts: (N, G) raw counts of the genes to use.
         batches: (N,) technical batch of each cell.
-        labels: (N,) cell types, "" for a cell without one. scANVI sees them; it starts from scVI.
+        labels: (N,) cell types, "" for a cell without one. scANVI alone sees them; it starts from scVI.
         n_epochs: Passes of scVI over the cells; its authors take up to 400, so few make a weak baseline.
         seed: Of initialisation, shuffle and draws.
 
     Returns:
-        (N, 10) float32.
+        "scVI", and "scANVI" where labels are given -> (N, 10) float32.
     """
     with _scvi_tools(seed) as scvi:
         adata = AnnData(csr_matrix(counts, dtype=np.float32))
@@ -67,10 +67,12 @@ def scvi_embedding(
         scvi.model.SCVI.setup_anndata(adata, batch_key="batch", labels_key=labels_key)
         network = scvi.model.SCVI(adata, n_latent=N_LATENT)
         network.train(max_epochs=n_epochs, **QUIET)
+        found = {"scVI": network.get_latent_representation()}
         if labels is not None:
-            network = scvi.model.SCANVI.from_scvi_model(network, unlabeled_category="")
-            network.train(max_epochs=N_SCANVI_EPOCHS, **QUIET)
-        return np.asarray(network.get_latent_representation(), dtype=np.float32)
+            informed = scvi.model.SCANVI.from_scvi_model(network, unlabeled_category="")
+            informed.train(max_epochs=N_SCANVI_EPOCHS, **QUIET)
+            found["scANVI"] = informed.get_latent_representation()
+        return {name: np.asarray(embedding, dtype=np.float32) for name, embedding in found.items()}
 
 
 class ScviImputer:
