@@ -96,19 +96,12 @@ def evaluate_imputation(
         at a quarter of the depth, last seed.
 
     Raises:
-        ValueError: If there is no seed, the values are not raw counts, or the tokenizer scales to another
-            number of molecules than the baselines.
+        ValueError: If there is no seed, or the values are not raw counts.
     """
     refuse_path(adata)
     check_diffusion_model(model)
     check_vocabulary(model, tokenizer)
-    if tokenizer.target_sum != TARGET_SUM:
-        msg = (
-            f"The tokenizer scales cells to {tokenizer.target_sum:,.0f} molecules and the baselines to "
-            f"{TARGET_SUM:,.0f}; errors would be in two units. Evaluate a checkpoint with "
-            f"target_sum={TARGET_SUM:g}."
-        )
-        raise ValueError(msg)
+    _check_scale(tokenizer)
     if not len(seeds):
         msg = "seeds is empty; one run needs one seed."
         raise ValueError(msg)
@@ -154,6 +147,17 @@ def evaluate_imputation(
         }
         | {score: _curves(rows, score) for score in ("auroc", "mae")},
     }
+
+
+def _check_scale(tokenizer: Any) -> None:
+    """Refuse a tokenizer that scales to another number of molecules than the baselines."""
+    if tokenizer.target_sum != TARGET_SUM:
+        msg = (
+            f"The tokenizer scales cells to {tokenizer.target_sum:,.0f} molecules and the baselines to "
+            f"{TARGET_SUM:,.0f}; errors would be in two units. Evaluate a checkpoint with "
+            f"target_sum={TARGET_SUM:g}."
+        )
+        raise ValueError(msg)
 
 
 def imputation_figures(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ Source: METHOD.md section 7.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -106,17 +106,11 @@ def integrate_batches(
 
     Returns:
         The embedding, the trained model and the log.
-
-    Raises:
-        TypeError: If ``max_genes`` comes here and not in ``arguments``.
     """
     arguments = IntegrationArguments() if arguments is None else arguments
     show_progress = bool(reading.pop("show_progress", True))
     refuse_path(adata)
-    if "max_genes" in reading:
-        msg = "max_genes belongs to the run: arguments=IntegrationArguments(max_genes=...)."
-        raise TypeError(msg)
-    _check_request(model, label_key, mode, trainable)
+    _check_request(model, label_key, mode, trainable, reading)
     check_vocabulary(model, tokenizer)
     batch_codes = _batch_codes(obs_column(adata, batch_key, what="technical batches"), batch_key)
     contrast_codes = np.arange(adata.n_obs)
@@ -206,7 +200,12 @@ def _validation(network: IntegrationModel, views: CellViews, held_out: np.ndarra
     return validate
 
 
-def _check_request(model: Any, label_key: str | None, mode: str, trainable: str) -> None:
+def _check_request(
+    model: Any, label_key: str | None, mode: str, trainable: str, reading: Mapping[str, Any]
+) -> None:
+    if "max_genes" in reading:
+        msg = "max_genes belongs to the run: arguments=IntegrationArguments(max_genes=...)."
+        raise TypeError(msg)
     if mode not in INTEGRATED_KEYS:
         msg = f"mode must be one of {', '.join(INTEGRATED_KEYS)}, got {mode!r}."
         raise ValueError(msg)
