@@ -93,18 +93,10 @@ def evaluate_imputation(
     Returns:
         A result. ``details`` holds ``has_decoder``, ``hidden_fractions``, ``auroc`` and ``mae`` of each
         method over them, and ``calibration``, method -> confidences and shares of bins of the silent genes
-        at a quarter of the depth, last seed.
-
-    Raises:
-        ValueError: If there is no seed, or the values are not raw counts.
+        at a quarter of the depth, last seed. No seed, values that are no raw counts, or a tokenizer of
+        another scale than the baselines' raise ``ValueError``.
     """
-    refuse_path(adata)
-    check_diffusion_model(model)
-    check_vocabulary(model, tokenizer)
-    _check_scale(tokenizer)
-    if not len(seeds):
-        msg = "seeds is empty; one run needs one seed."
-        raise ValueError(msg)
+    _check_request(adata, model, tokenizer, seeds)
     bare, columns, gene_ids, reading = _bare_cells(adata, tokenizer, reading)
     has_decoder = getattr(model, "query_decoder", None) is not None
     units = resampling_units(adata, split_key)
@@ -149,8 +141,14 @@ def evaluate_imputation(
     }
 
 
-def _check_scale(tokenizer: Any) -> None:
-    """Refuse a tokenizer that scales to another number of molecules than the baselines."""
+def _check_request(adata: Any, model: Any, tokenizer: Any, seeds: Sequence[int]) -> None:
+    """Refuse what cannot be evaluated, a tokenizer of another scale than the baselines' among it."""
+    refuse_path(adata)
+    check_diffusion_model(model)
+    check_vocabulary(model, tokenizer)
+    if not len(seeds):
+        msg = "seeds is empty; one run needs one seed."
+        raise ValueError(msg)
     if tokenizer.target_sum != TARGET_SUM:
         msg = (
             f"The tokenizer scales cells to {tokenizer.target_sum:,.0f} molecules and the baselines to "
