@@ -197,7 +197,8 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: If there is no adapter, or its base is not where it says.
-        ValueError: If the adapter belongs to another kind of model than ``auto_class`` and ``wrap`` make.
+        ValueError: If weights are missing or left over in the model that ``auto_class`` and ``wrap`` make.
+            A head that the adapter never had is not noticed: it stays as it was drawn.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
