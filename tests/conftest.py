@@ -92,3 +92,16 @@ def fresh_tiny_model(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="write tests/golden anew")
+
+
+@pytest.fixture(scope="module")
+def base_folder(
+    fresh_tiny_model: Callable[..., ScDivaForMaskedDiffusion],
+    tokenizer: ScDivaTokenizer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A pretrained checkpoint: the diffusion model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    fresh_tiny_model(hidden_dropout=0.0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -30,15 +30,6 @@ N_LAYERS = 2
 MERGE_TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def base_folder(fresh_tiny_model, tokenizer, tmp_path_factory):
-    """A pretrained checkpoint: the diffusion model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    fresh_tiny_model(hidden_dropout=0.0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def classifier(base_folder):
     return make_classifier(ScDivaModel.from_pretrained(base_folder), NAMES)

@@ -41,14 +41,6 @@ LOADED_AS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def base_folder(fresh_tiny_model, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    fresh_tiny_model(hidden_dropout=0.0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def cells():
     adata = synthetic_cells(n_cells=60, n_genes=120, seed=7)
     adata.obs["perturbation"] = np.resize(["control", "GENE1", "GENE2"], 60)

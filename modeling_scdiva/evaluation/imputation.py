@@ -38,6 +38,7 @@ from modeling_scdiva.evaluation.imputation_tasks import (
 from modeling_scdiva.evaluation.reconstruction import (
     MODEL,
     RANDOM_MODEL,
+    check_request,
     resampling_units,
     result_rows,
     split_cells,
@@ -45,9 +46,7 @@ from modeling_scdiva.evaluation.reconstruction import (
 from modeling_scdiva.fresh_model import random_weights
 from modeling_scdiva.metrics.imputation import checked_counts
 from modeling_scdiva.metrics.imputation_baselines import TARGET_SUM, Imputation
-from modeling_scdiva.tasks.cells import check_vocabulary, refuse_path
 from modeling_scdiva.tasks.imputation import IMPUTED, PROBABILITY, impute_expression
-from modeling_scdiva.tasks.reconstruction import check_diffusion_model
 
 COLUMNS = (
     "data", "method", "mae", "rmse", "pearson", "gene_pearson", "auroc", "brier_score", "calibration_error",
@@ -96,7 +95,8 @@ def evaluate_imputation(
         at a quarter of the depth, last seed. No seed, values that are no raw counts, or a tokenizer of
         another scale than the baselines' raise ``ValueError``.
     """
-    _check_request(adata, model, tokenizer, seeds)
+    check_request(adata, model, tokenizer, seeds)
+    _check_scale(tokenizer)
     bare, columns, gene_ids, reading = _bare_cells(adata, tokenizer, reading)
     has_decoder = getattr(model, "query_decoder", None) is not None
     units = resampling_units(adata, split_key)
@@ -141,14 +141,8 @@ def evaluate_imputation(
     }
 
 
-def _check_request(adata: Any, model: Any, tokenizer: Any, seeds: Sequence[int]) -> None:
-    """Refuse what cannot be evaluated, a tokenizer of another scale than the baselines' among it."""
-    refuse_path(adata)
-    check_diffusion_model(model)
-    check_vocabulary(model, tokenizer)
-    if not len(seeds):
-        msg = "seeds is empty; one run needs one seed."
-        raise ValueError(msg)
+def _check_scale(tokenizer: Any) -> None:
+    """Refuse a tokenizer that scales to another number of molecules than the baselines."""
     if tokenizer.target_sum != TARGET_SUM:
         msg = (
             f"The tokenizer scales cells to {tokenizer.target_sum:,.0f} molecules and the baselines to "

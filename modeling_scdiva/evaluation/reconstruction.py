@@ -147,17 +147,10 @@ def evaluate_reconstruction(
 
     Returns:
         A result: rows of scDiVa and of the baselines for each share and for the copy test. ``details`` holds
-        ``mask_ratios`` and, for the figures, ``gene_loss`` and ``value_rmse`` of each method over them.
-
-    Raises:
-        ValueError: If there is no seed.
+        ``mask_ratios`` and, for the figures, ``gene_loss`` and ``value_rmse`` of each method over them. No
+        seed raises ``ValueError``.
     """
-    refuse_path(adata)
-    check_diffusion_model(model)
-    check_vocabulary(model, tokenizer)
-    if not len(seeds):
-        msg = "seeds is empty; one run needs one seed."
-        raise ValueError(msg)
+    check_request(adata, model, tokenizer, seeds)
     units = resampling_units(adata, split_key)
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for seed in seeds:
@@ -199,6 +192,26 @@ def evaluate_reconstruction(
         "note": NOTE,
         "details": {"mask_ratios": list(mask_ratios), "split_key": split_key, "seeds": list(seeds)} | curves,
     }
+
+
+def check_request(adata: Any, model: Any, tokenizer: Any, seeds: Sequence[int]) -> None:
+    """Refuse what neither reconstruction nor imputation can be evaluated on.
+
+    Args:
+        adata: An AnnData, not a path.
+        model: A `ScDivaForMaskedDiffusion`.
+        tokenizer: The tokenizer of this model.
+        seeds: One at least.
+
+    Raises:
+        ValueError: If there is no seed.
+    """
+    refuse_path(adata)
+    check_diffusion_model(model)
+    check_vocabulary(model, tokenizer)
+    if not len(seeds):
+        msg = "seeds is empty; one run needs one seed."
+        raise ValueError(msg)
 
 
 def result_rows(runs: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
