@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n_epochs", type=int, default=DEFAULTS.n_epochs, help="passes over the cells")
     parser.add_argument("--batch_size", type=int, default=DEFAULTS.batch_size, help="cells per update")
     parser.add_argument("--learning_rate", type=float, default=DEFAULTS.learning_rate, help="peak rate")
-    parser.add_argument("--n_scvi_epochs", type=int, default=50, help="epochs of scVI; 0 leaves it out")
+    parser.add_argument("--n_scvi_epochs", type=int, default=400, help="epochs of scVI; 0 leaves it out")
     parser.add_argument("--no_kbet", action="store_true", help="leave kBET out")
     parser.add_argument("--bf16", action="store_true", help="run the network under bf16 autocast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

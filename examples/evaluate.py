@@ -59,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n_epochs", type=int, default=10, help="epochs of every fine-tuning")
     parser.add_argument("--max_test_cells", type=int, default=50, help="in reconstruction and imputation")
     parser.add_argument("--n_network_cells", type=int, default=100, help="cells per seed in gene networks")
+    parser.add_argument("--scvi", action="store_true", help="also train scVI, needs scdiva[eval-full]")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for JSON and PNG")
     return parser.parse_args()
 
@@ -139,6 +140,7 @@ def main() -> None:
         n_epochs=arguments.n_epochs,
         max_test_cells=arguments.max_test_cells,
         n_network_cells=arguments.n_network_cells,
+        with_scvi=arguments.scvi,
     )
     wanted = TASKS if "all" in arguments.task else tuple(dict.fromkeys(arguments.task))
     left_out = {task: missing_for(task, settings) for task in wanted}

@@ -23,6 +23,7 @@ from modeling_scdiva.evaluation.suite import (
     missing_for,
     perturbation_figures,
 )
+from modeling_scdiva.metrics import scvi_baselines
 from modeling_scdiva.model_card import result_section
 from tokenization_scdiva import synthetic_cells
 
@@ -60,6 +61,29 @@ def test_one_task_is_a_result_with_figures(fresh_tiny_model, tokenizer):
     )
     assert all(row["data"].startswith("made up") for row in [*result["numbers"], *result["baselines"]])
     assert figures
+
+
+def test_scvi_is_refused_before_anything_runs_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(scvi_baselines, "has_scvi", lambda: False)
+    with pytest.raises(ImportError, match=r"scdiva\[eval-full\]"):
+        SuiteSettings(with_scvi=True)
+    assert not SuiteSettings().with_scvi
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not scvi_baselines.has_scvi(), reason="scvi-tools is not installed: scdiva[eval-full]")
+@pytest.mark.parametrize("task", ["integration", "imputation"])
+def test_scvi_is_a_baseline_where_it_is_wanted(fresh_tiny_model, tokenizer, task):
+    cells = synthetic_cells(n_cells=80, n_genes=120, seed=1)
+    cells.obs["plate"] = np.resize(["one", "one", "one", "one", "two", "two", "two", "two"], 80)
+    settings = SuiteSettings(
+        label_key="cell_type", batch_key="plate", seeds=(0,), n_epochs=1, max_test_cells=6, with_scvi=True
+    )
+    models = {"model": fresh_tiny_model(latent_loss_weight=1.0), "tokenizer": tokenizer}
+    wanted, _ = evaluate_task(task, cells, settings=settings, **models)
+    plain, _ = evaluate_task(task, cells, settings=replace(settings, with_scvi=False), **models)
+    extra = {row["method"] for row in wanted["baselines"]} - {row["method"] for row in plain["baselines"]}
+    assert extra == ({"scVI", "scANVI"} if task == "integration" else {"scVI"})
 
 
 def test_targets_that_the_vocabulary_lacks_are_counted(fresh_tiny_model, tokenizer):

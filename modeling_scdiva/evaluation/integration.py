@@ -55,7 +55,8 @@ class IntegrationProtocol:
         unlabelled: Labels that mean "no label": integrated, not scored. A missing entry always is one.
         n_top_genes: Highly variable genes of PCA, Harmony, scVI and scANVI.
         n_components: Principal components.
-        n_scvi_epochs: Epochs of scVI, from which scANVI starts; 0 leaves both out, as does their absence.
+        n_scvi_epochs: Epochs of scVI, from which scANVI starts; its authors take 400 for few cells. 0 leaves
+            both out, as does their absence.
         trainable: As in `integrate_batches`.
         with_label_informed: Run the label-informed mode, its permuted-label control, and scANVI.
         with_kbet: As in `integration_scores`.
@@ -70,7 +71,7 @@ class IntegrationProtocol:
     unlabelled: tuple[str, ...] = ("", "unassigned", "unspecified", "Unknown")
     n_top_genes: int = 2000
     n_components: int = 50
-    n_scvi_epochs: int = 20
+    n_scvi_epochs: int = 400
     trainable: Trainable = "lora"
     with_label_informed: bool = True
     with_kbet: bool = True
@@ -323,6 +324,8 @@ def _note(
             f"scVI: {protocol.n_scvi_epochs} epochs on the same genes; scANVI: {N_SCANVI_EPOCHS} more, with "
             "labels."
         )
+    else:
+        parts.append("scVI and scANVI: left out.")
     parts.append(
         "Rows with labels seen were given the labels they are scored on and say nothing about integration; "
         "the one-hot control shows how far that alone carries."

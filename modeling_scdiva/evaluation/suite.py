@@ -31,6 +31,7 @@ from modeling_scdiva.evaluation.perturbation import PerturbationProtocol, evalua
 from modeling_scdiva.evaluation.reconstruction import evaluate_reconstruction, reconstruction_figures
 from modeling_scdiva.finetuning import FinetuningArguments
 from modeling_scdiva.metrics.calibration import reliability_curve
+from modeling_scdiva.metrics.scvi_baselines import require_scvi
 from modeling_scdiva.tasks.cells import obs_column
 from modeling_scdiva.tasks.gene_network import NetworkSettings
 from modeling_scdiva.tasks.integration_network import IntegrationArguments
@@ -61,6 +62,10 @@ class SuiteSettings:
         n_epochs: Epochs of every fine-tuning.
         max_test_cells: Held-out cells scored per seed in reconstruction and imputation.
         n_network_cells: Cells per seed in gene networks.
+        with_scvi: Train scVI and scANVI in integration and scVI in imputation, minutes on a CPU.
+
+    Raises:
+        ImportError: If scVI is wanted and scvi-tools is not installed.
     """
 
     data_name: str = "cells"
@@ -77,6 +82,11 @@ class SuiteSettings:
     n_epochs: int = 10
     max_test_cells: int = 50
     n_network_cells: int = 100
+    with_scvi: bool = False
+
+    def __post_init__(self) -> None:
+        if self.with_scvi:
+            require_scvi()
 
 
 NEEDS = {
@@ -211,13 +221,14 @@ def _annotation(adata: Any, models: dict[str, Any], settings: SuiteSettings) -> 
 
 
 def _integration(adata: Any, models: dict[str, Any], settings: SuiteSettings) -> dict[str, Any]:
+    epochs: dict[str, Any] = {} if settings.with_scvi else {"n_scvi_epochs": 0}
     return evaluate_integration(
         adata,
         batch_key=str(settings.batch_key),
         label_key=str(settings.label_key),
         seeds=settings.seeds,
         arguments=IntegrationArguments(n_epochs=settings.n_epochs),
-        protocol=IntegrationProtocol(data_name=settings.data_name, n_scvi_epochs=0, with_kbet=False),
+        protocol=IntegrationProtocol(data_name=settings.data_name, with_kbet=False, **epochs),
         **models,
     )
 
@@ -240,6 +251,7 @@ def _imputation(adata: Any, models: dict[str, Any], settings: SuiteSettings) -> 
         split_key=settings.group_key,
         seeds=settings.seeds,
         max_test_cells=settings.max_test_cells,
+        include_scvi=settings.with_scvi,
         **models,
     )
 

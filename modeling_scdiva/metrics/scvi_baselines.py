@@ -38,6 +38,17 @@ def has_scvi() -> bool:
     return importlib.util.find_spec("scvi") is not None
 
 
+def require_scvi() -> None:
+    """Refuse to go on without scvi-tools.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    if not has_scvi():
+        msg = 'This baseline needs scvi-tools: pip install "scdiva[eval-full]"'
+        raise ImportError(msg)
+
+
 def scvi_embeddings(
     counts: Any,
     batches: Sequence[Any] | np.ndarray,
@@ -112,9 +123,7 @@ class ScviImputer:
 @contextmanager
 def _scvi_tools(seed: int) -> Iterator[Any]:
     """Give the seeded library, outside a caller's autocast; put the global generators back that it seeds."""
-    if not has_scvi():
-        msg = 'This baseline needs scvi-tools: pip install "scdiva[eval-full]"'
-        raise ImportError(msg)
+    require_scvi()
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with ExitStack() as stack:
