@@ -18,7 +18,8 @@ from modeling_scdiva.metrics.calibration import calibration_scores
 from modeling_scdiva.metrics.classification import classification_scores
 from modeling_scdiva.metrics.imputation import detection_scores, profile_correlations, value_scores
 from modeling_scdiva.metrics.network import network_metrics
-from modeling_scdiva.metrics.perturbation import score_perturbations
+from modeling_scdiva.metrics.perturbation import mean_scores, score_perturbations
+from modeling_scdiva.metrics.perturbation_de import de_call_scores
 from modeling_scdiva.metrics.reconstruction import (
     cell_gene_scores,
     copy_test,
@@ -71,7 +72,7 @@ def numbers_and_expectations():
     is_on = (true > 0.5).ravel()
     changes, guesses, evidence = rng.normal(size=(3, 4, 30))
     is_de = evidence > 0.5
-    weights = rng.random(30)
+    weights, p_values = rng.random(30), rng.random((4, 30)) ** 6
     scores, is_edge = rng.random((5, 12)), rng.random((5, 12)) < 0.3
     scores[0, 0] = np.nan
     laws = [np.log(rng.dirichlet(np.ones(20), n)) for n in (4, 7)]
@@ -87,6 +88,7 @@ def numbers_and_expectations():
         "perturbation": (
             None, guesses, changes, {"de_scores": evidence, "is_de": is_de, "gene_weights": weights},
         ),
+        "perturbation calls": ("calls", guesses, changes, {"predicted_p": p_values, "is_de": is_de}),
         "reconstruction": (None, laws, genes, {}),
         "reconstruction copy": ("copy", copies, cells, {}),
     }  # fmt: skip
@@ -99,6 +101,9 @@ def numbers_and_expectations():
         "network": network_metrics(scores, is_edge),
         "perturbation": score_perturbations(
             guesses, changes, de_scores=evidence, is_de=is_de, gene_weights=weights
+        ),
+        "perturbation calls": mean_scores(
+            de_call_scores(guesses, changes, predicted_p=p_values, is_de=is_de)
         ),
         "reconstruction": mean_over_cells(of_cells),
         "reconstruction copy": copy_test(cells, copies),

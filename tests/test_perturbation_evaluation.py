@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from scipy import stats
 
 from modeling_scdiva.evaluation.perturbation import (
     CEILING,
@@ -173,6 +174,24 @@ def test_controls_follow_the_groups(cells, tokenizer):
     assert set(rows) <= set(fold.test)
 
 
+def test_the_measured_change_is_called_as_it_was_measured(cells, tokenizer):
+    fold = next(iter(leave_targets_out(cells, np.arange(len(cells.perturbations)), n_folds=2, seed=0)))
+    data = fold_data(cells, fold, tokenizer)
+    n_called = 0
+    for name, delta, is_de in zip(data.truth.names, data.truth.deltas, data.truth.is_de, strict=True):
+        p_values = data.predicted_p_values(name, delta)
+        np.testing.assert_array_equal(stats.false_discovery_control(p_values) < 0.05, is_de)
+        assert (data.predicted_p_values(name, delta, n_parts=2) >= p_values - 1e-12).all()
+        n_called += is_de.sum()
+    assert n_called
+    # Controls that all move alike keep their spread; the change of each cell adds to it.
+    rows = data.draw_controls(data.truth.names[0], n_cells=25, seed=0)
+    alike = data.moved_spread(rows, np.full(len(data.gene_ids), 0.3))
+    np.testing.assert_allclose(alike, data.moved_spread(rows, np.zeros(len(data.gene_ids))))
+    apart = np.random.default_rng(0).normal(0, 5, (25, len(data.gene_ids)))
+    assert (data.moved_spread(rows, apart) > alike).all()
+
+
 def check(result, methods):
     rows = [*result["numbers"], *result["baselines"]]
     assert {row["method"] for row in result["numbers"]} == {MODEL}
@@ -182,6 +201,10 @@ def check(result, methods):
     nothing = next(row for row in rows if row["method"] == "no change")
     assert nothing["pearson_delta"] == -1.0
     assert nothing["discrimination"] == 0.5
+    assert (nothing["normalised_squared_error"], nothing["significance_jaccard"]) == (1.0, 0.0)
+    assert nothing["direction_fidelity"] == nothing["de_overlap"] == 0.0
+    assert nothing["pearson_expression"] > 0.7  # why changes are scored
+    assert set(result["details"]["dynamic_range"]) >= {"pearson_delta", "direction_reach", "weighted_r2"}
     assert format_result(result)
     details = result["details"]
     assert details["predicted_delta"].shape == details["true_delta"].shape
@@ -209,7 +232,10 @@ def test_targets_left_out(screen, fresh_tiny_model, tokenizer):
     assert groups >= {"", "0/1 targets seen", "2/2 targets seen"}
     # GENE3 or GENE4 is alone in its fold and has none; the others still count.
     assert rows[REFERENCE]["discrimination"] == pytest.approx(0.5)
-    assert rows[CEILING]["pearson_delta"] > rows[REFERENCE]["pearson_delta"]
+    for score in ("pearson_delta", "significance_jaccard", "direction_fidelity", "direction_reach"):
+        assert rows[CEILING][score] > rows[REFERENCE][score], score
+        assert 0 < result["details"]["dynamic_range"][score] <= 1, score
+    assert rows[CEILING]["normalised_squared_error"] < rows[REFERENCE]["normalised_squared_error"]
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
     intervals = result["details"]["intervals"]
     assert intervals[MODEL]["pearson_delta"]["low"] <= intervals[MODEL]["pearson_delta"]["high"]

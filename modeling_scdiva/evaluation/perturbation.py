@@ -36,12 +36,14 @@ from modeling_scdiva.finetuning import FinetuningArguments
 from modeling_scdiva.metrics.intervals import bootstrap_interval, paired_bootstrap_difference
 from modeling_scdiva.metrics.perturbation import (
     energy_distance,
+    expression_scores,
     is_degenerate,
     maximum_mean_discrepancy,
     mean_scores,
     perturbation_discrimination,
     perturbation_scores,
 )
+from modeling_scdiva.metrics.perturbation_de import de_call_scores, dynamic_range, unbiased_squares
 from modeling_scdiva.tasks.cells import (
     CellTokenizer,
     check_vocabulary,
@@ -71,8 +73,11 @@ MODEL, RANDOM_WEIGHTS, REFERENCE = (
 COLUMNS = (
     "data", "method", "pearson_delta", "pearson_delta_centroid", "pearson_delta_top20",
     "mean_squared_top20_error", "weighted_squared_error", "weighted_r2", "de_auprc", "lfc_spearman",
-    "hit_rate_20", "discrimination", "energy_distance", "mmd", "n_degenerate", "n_units", "n_seeds",
+    "hit_rate_20", "discrimination", "normalised_squared_error", "significance_jaccard",
+    "direction_fidelity", "direction_reach", "lfc_nmae", "energy_distance", "mmd", "n_degenerate", "n_units",
+    "n_seeds",
 )  # fmt: skip
+ERRORS = {name for name in COLUMNS if "error" in name} | {"lfc_nmae"}  # best 0; the other scores 1
 HEADLINES = ("pearson_delta", "pearson_delta_centroid", "weighted_squared_error", "discrimination")
 
 
@@ -239,11 +244,12 @@ def _add_baselines(
     run: dict[str, _Scores], data: FoldData, protocol: PerturbationProtocol, seed: int
 ) -> None:
     for method, deltas in data.baseline_deltas().items():
-        clouds = [_cloud_distances(data, name, delta, protocol, seed) for name, delta in _named(data, deltas)]
+        clouds = [_move_controls(data, name, delta, protocol, seed) for name, delta in _named(data, deltas)]
         _add(run[method], data, deltas, data.truth.deltas, clouds=clouds)
     halves = []
     for one, other in data.split_halves(n_splits=protocol.n_splits, seed=seed):
-        halves.append(_scored(data, one, other))
+        p_values = [data.predicted_p_values(name, delta, n_parts=2) for name, delta in _named(data, one)]
+        halves.append(_scored(data, one, other, p_values=p_values, n_parts=2))
     means = {name: np.mean([half[name] for half in halves], axis=0) for name in halves[0]}
     ceiling = run[CEILING]
     _add_units(ceiling, data)
@@ -263,20 +269,25 @@ def _add_model(
         ):
             moved[places] = found
         deltas.append(moved.mean(axis=0))
-        clouds.append(_cloud_distances(data, name, moved, protocol, seed))
+        clouds.append(_move_controls(data, name, moved, protocol, seed))
     _add(scores, data, np.stack(deltas), data.truth.deltas, clouds=clouds)
 
 
-def _cloud_distances(
+def _move_controls(
     data: FoldData, name: str, delta: np.ndarray, protocol: PerturbationProtocol, seed: int
-) -> dict[str, float]:
-    """Distances of controls moved by a change, (G,) or one per control (n, G), to perturbed cells."""
+) -> dict[str, Any]:
+    """Move controls by a change, (G,) or one per control (n, G): distances to perturbed cells, p-values."""
     controls = data.draw_controls(name, n_cells=protocol.n_control_cells, seed=seed)
     perturbed = data.draw_perturbed(name, n_cells=protocol.n_distance_cells, seed=seed)
     mean, axes = data.components
     moved = data.cells.dense(controls, data.gene_ids) + delta
     clouds = (moved - mean) @ axes, (data.cells.dense(perturbed, data.gene_ids) - mean) @ axes
-    return {"energy_distance": energy_distance(*clouds), "mmd": maximum_mean_discrepancy(*clouds)}
+    change = np.atleast_2d(delta).mean(axis=0)
+    return {
+        "energy_distance": energy_distance(*clouds),
+        "mmd": maximum_mean_discrepancy(*clouds),
+        "p_values": data.predicted_p_values(name, change, spread=data.moved_spread(controls, delta)),
+    }
 
 
 def _named(data: FoldData, deltas: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -296,8 +307,18 @@ def _add_units(scores: _Scores, data: FoldData) -> None:
     ]
 
 
-def _scored(data: FoldData, predicted: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
+def _scored(
+    data: FoldData,
+    predicted: np.ndarray,
+    true: np.ndarray,
+    *,
+    p_values: Sequence[np.ndarray],
+    n_parts: int = 1,
+) -> dict[str, np.ndarray]:
+    """Score changes against those measured on the test cells, or on one of so many parts of them."""
     without = {"discrimination": np.full(len(true), np.nan)}  # where a single perturbation is tested
+    errors = data.truth.standard_errors * np.sqrt(n_parts)
+    calls = {"is_de": data.truth.is_de, "is_own_target": data.is_own_target}
     return (
         without
         | perturbation_scores(
@@ -309,6 +330,9 @@ def _scored(data: FoldData, predicted: np.ndarray, true: np.ndarray) -> dict[str
             gene_weights=data.weights,
             is_target=None if data.is_target.all() else data.is_target,
         )
+        | de_call_scores(predicted, true, predicted_p=np.stack(p_values), **calls)
+        | unbiased_squares(predicted, true, standard_errors=errors)
+        | expression_scores(predicted, true, control_expression=data.control_expression)
         | {"is_degenerate": is_degenerate(predicted).astype(float)}
     )
 
@@ -319,10 +343,11 @@ def _add(
     predicted: np.ndarray,
     true: np.ndarray,
     *,
-    clouds: list[dict[str, float]],
+    clouds: list[dict[str, Any]],
 ) -> None:
     _add_units(scores, data)
-    for name, values in _scored(data, predicted, true).items():
+    p_values = [of_perturbation.pop("p_values") for of_perturbation in clouds]
+    for name, values in _scored(data, predicted, true, p_values=p_values).items():
         scores.values[name] += values.tolist()
     for of_perturbation in clouds:
         for name, distance in of_perturbation.items():
@@ -372,6 +397,8 @@ def _result(
         of_method = intervals.get(row["method"], {}) if row["data"] == data else {}
         for name, found in of_method.items():
             row[f"{name}_low"], row[f"{name}_high"] = found["low"], found["high"]
+    ranges = _dynamic_ranges([row for row in rows if row["data"] == data])
+    shown_ranges = ", ".join(f"{name} {value:.2f}" for name, value in ranges.items())
     first = runs[MODEL][0]
     predicted, true = _common_genes(first)
     return {
@@ -379,13 +406,15 @@ def _result(
         "numbers": [row for row in rows if row["method"] == MODEL],
         "baselines": [row for row in rows if row["method"] != MODEL],
         "columns": list(COLUMNS),
-        "note": _note(protocol, left_out, n_without_target),
+        "note": f"{_note(protocol, left_out, n_without_target)} Dynamic range, from the perturbed mean (0) towards "
+        f"perfect (1) where the ceiling stands: {shown_ranges}.",
         "details": {
             "per_unit": per_unit,
             "intervals": intervals,
             "units": first.units,
             "predicted_delta": predicted,
             "true_delta": true,
+            "dynamic_range": ranges,
             "left_out": dict(left_out),
         },
     }
@@ -438,14 +467,26 @@ def _intervals(per_unit: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dic
     return found
 
 
+def _dynamic_ranges(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """How far from the perturbed mean towards perfect a replicate comes, score by score."""
+    (baseline,) = (row for row in rows if row["method"] == REFERENCE)
+    (replicate,) = (row for row in rows if row["method"] == CEILING)
+    return {
+        name: dynamic_range(replicate[name], baseline[name], perfect=0.0 if name in ERRORS else 1.0)
+        for name in COLUMNS[2:-3]
+        if replicate[name] is not None and baseline[name] is not None
+    }
+
+
 def _note(protocol: PerturbationProtocol, left_out: Mapping[str, int], n_without_target: int) -> str:
     parts = [
         "Changes of mean log1p CP10k against real held-out controls; mean over units, spread over seeds, "
         "in brackets the 95 % bootstrap interval over units. A "
         "constant prediction has correlation -1 (n_degenerate of them). Centroid: after the training mean is "
         "taken away, which leaves nothing of the perturbed mean (-1), and of no change that mean with its "
-        "noise. Discrimination: 0.5 is no information, a fold with one perturbation has none. The ceiling is "
-        "scored on half of the cells.",
+        "noise. Discrimination: 0.5 is no information, a fold with one perturbation has none. Predictions "
+        "are called significant as if measured on the cells of the truth; the normalised error is divided by "
+        "the effect, both without the noise of the truth. The ceiling is scored on half of the cells.",
     ]
     if left_out:
         parts.append(f"Left out with fewer than {protocol.min_cells} cells: {', '.join(left_out)}.")

@@ -18,6 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from modeling_scdiva.metrics import perturbation_baselines as baselines
+from modeling_scdiva.metrics.perturbation_de import welch_test_of_moments
 from modeling_scdiva.tasks.perturbation_data import (
     CONTROL,
     Effects,
@@ -153,6 +154,7 @@ class FoldData:
         self.weights = gene_weights(self.pooled)
         all_targets = np.concatenate([targets[name] for name in self.truth.names + self.pooled.names])
         self.is_target = np.isin(gene_ids, all_targets)
+        self.is_own_target = np.stack([np.isin(gene_ids, targets[name]) for name in self.truth.names])
         seen = {part for name in self.pooled.names for part in split_perturbation(name)}
         parts = [split_perturbation(name) for name in self.truth.names]
         # "1/2": of two targets one occurs in a training perturbation.
@@ -232,6 +234,31 @@ class FoldData:
         for _ in range(n_splits):
             yield baselines.split_half_deltas(perturbed, controls, rng=rng)
 
+    def predicted_p_values(
+        self, name: str, change: np.ndarray, *, spread: np.ndarray | None = None, n_parts: int = 1
+    ) -> np.ndarray:
+        """Test a predicted change as if it had been measured on the cells of the truth.
+
+        Args:
+            name: Test perturbation.
+            change: (G,) predicted change.
+            spread: (G,) standard deviation of the predicted cells within their groups; default that of the
+                measured ones.
+            n_parts: Parts into which the cells, perturbed and controls, are split; one is tested on.
+
+        Returns:
+            (G,) p-values of Welch's t, 1 for genes that vary in neither group.
+        """
+        spread = self._residuals(self._test_cells(name)).std(axis=0, ddof=1) if spread is None else spread
+        n_perturbed = int(self.truth.n_cells[self.truth.names.index(name)])
+        n_cells = n_perturbed // n_parts, len(self._test_controls) // n_parts
+        test = welch_test_of_moments(change, spreads=(spread, self._control_spread), n_cells=n_cells)
+        return test["p_values"]
+
+    def moved_spread(self, controls: np.ndarray, deltas: np.ndarray) -> np.ndarray:
+        """(G,) standard deviation within groups of controls, rows (n,), that are moved by (G,) or (n, G)."""
+        return (self._residuals(controls) + deltas).std(axis=0, ddof=1)
+
     def draw_controls(self, name: str, *, n_cells: int, seed: int) -> np.ndarray:
         """Draw test controls from the groups of the perturbed cells, in their proportions.
 
@@ -270,6 +297,15 @@ class FoldData:
     @cached_property
     def _test_controls(self) -> np.ndarray:
         return self.fold.test[self.cells.is_control[self.fold.test]]
+
+    @cached_property
+    def control_expression(self) -> np.ndarray:
+        """(G,) mean of the test controls."""
+        return self.cells.dense(self._test_controls, self.gene_ids).mean(axis=0, dtype=np.float64)
+
+    @cached_property
+    def _control_spread(self) -> np.ndarray:
+        return self._residuals(self._test_controls).std(axis=0, ddof=1)
 
     @cached_property
     def _test_means(self) -> dict[str, np.ndarray]:

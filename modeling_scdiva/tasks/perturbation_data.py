@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from modeling_scdiva.metrics.perturbation import FDR_LIMIT, welch_test
+from modeling_scdiva.metrics.perturbation_de import FDR_LIMIT, welch_test
 from modeling_scdiva.tasks.cells import CellTokenizer, TokenizedCells, obs_column, read_cells, shown
 from modeling_scdiva.tasks.genes import gene_tokens
 
@@ -75,6 +75,7 @@ class Effects:
         deltas: (P, G) float64 changes of mean log1p expression.
         t: (P, G) Welch's t of the cells, each minus the control mean of its group.
         is_de: (P, G) bool, genes that respond: false discovery rate below 0.05.
+        standard_errors: (P, G) of the changes.
         n_cells: (P,) perturbed cells.
     """
 
@@ -82,6 +83,7 @@ class Effects:
     deltas: np.ndarray
     t: np.ndarray
     is_de: np.ndarray
+    standard_errors: np.ndarray
     n_cells: np.ndarray
 
 
@@ -361,7 +363,7 @@ def measure_effects(
 
     used = np.isin(cells.groups[rows], list(set(cells.groups[rows[~is_control]])))
     controls = residuals(rows[is_control & used])
-    deltas, t, is_de, n_cells = [], [], [], []
+    found: list[dict[str, Any]] = []
     for name in names:
         own = rows[cells.perturbations[rows] == name]
         if len(own) < 2:
@@ -369,11 +371,16 @@ def measure_effects(
             raise ValueError(msg)
         changed = residuals(own)
         test = welch_test(changed, controls)
-        deltas.append(changed.mean(axis=0, dtype=np.float64))
-        t.append(test["t"])
-        is_de.append(test["fdr"] < fdr_limit)
-        n_cells.append(len(own))
-    return Effects(names, np.stack(deltas), np.stack(t), np.stack(is_de), np.array(n_cells))
+        found.append(
+            {
+                "deltas": changed.mean(axis=0, dtype=np.float64),
+                "t": test["t"],
+                "is_de": test["fdr"] < fdr_limit,
+                "standard_errors": test["standard_errors"],
+                "n_cells": len(own),
+            }
+        )
+    return Effects(names, **{name: np.array([of_one[name] for of_one in found]) for name in found[0]})
 
 
 def control_means(cells: PerturbedCells, rows: np.ndarray, gene_ids: np.ndarray) -> dict[str, np.ndarray]:
