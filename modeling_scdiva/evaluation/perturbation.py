@@ -406,8 +406,8 @@ def _result(
         "numbers": [row for row in rows if row["method"] == MODEL],
         "baselines": [row for row in rows if row["method"] != MODEL],
         "columns": list(COLUMNS),
-        "note": f"{_note(protocol, left_out, n_without_target)} Dynamic range, from the perturbed mean (0) towards "
-        f"perfect (1) where the ceiling stands: {shown_ranges}.",
+        "note": f"{_note(protocol, left_out, n_without_target)} Where the ceiling stands on the way from the "
+        f"perturbed mean (0) to perfect (1), the dynamic range of a score: {shown_ranges}.",
         "details": {
             "per_unit": per_unit,
             "intervals": intervals,
