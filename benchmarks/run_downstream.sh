@@ -39,7 +39,7 @@ for task in "${tasks[@]}"; do
         ;;
     integration)
         "$PYTHON" benchmarks/run_integration.py "${common[@]}" --data "$DATA" "${fast[@]}" \
-            --max_genes 64 --max_cells 400 --n_epochs 3 --batch_size 64 --learning_rate 1e-3
+            --max_genes 64 --max_cells 500 --n_epochs 8 --batch_size 64 --learning_rate 1e-3
         ;;
     perturbation)
         "$PYTHON" benchmarks/run_perturbation.py "${common[@]}" --data "$DATA/kang2018_ifnb_pbmc.h5ad" \
