@@ -3,7 +3,7 @@
     python examples/integrate_batches.py                    # made-up cells, untrained network: the mechanics
     accelerate launch examples/integrate_batches.py --checkpoint scdiva --data cells.h5ad --batch_key donor
 
-    ... --score_key cell_type                                  # scores, before and after, on labels
+    ... --score_key cell_type             # scores, before and after, on labels, beside PCA and Harmony
     ... --mode label_informed --label_key cell_type            # trains on labels
 
 The first mode reads no label, early stopping included; `--score_key` names labels that are used for scores
@@ -25,6 +25,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from modeling_scdiva.adapters import TRAINABLE, save_adapter
 from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.metrics.integration import integration_scores, integration_settings
+from modeling_scdiva.metrics.integration_baselines import (
+    harmony_embedding,
+    highly_variable_genes,
+    pca_embedding,
+)
 from modeling_scdiva.tasks import embed_cells
 from modeling_scdiva.tasks.integration import INTEGRATED_KEYS, IntegrationArguments, integrate_batches
 from tokenization_scdiva import synthetic_cells, synthetic_tokenizer
@@ -76,8 +81,11 @@ def untrained(cells: anndata.AnnData) -> tuple[Any, Any]:
 
 
 def print_scores(cells: anndata.AnnData, args: argparse.Namespace, embeddings: dict[str, np.ndarray]) -> None:
-    """Score the embeddings before and after on labels."""
+    """Score the embeddings before and after on labels, beside what one would have used without the model."""
     labels, batches = cells.obs[args.score_key].to_numpy(), cells.obs[args.batch_key].to_numpy()
+    components = pca_embedding(cells.X, highly_variable_genes(cells.X, batches), seed=args.seed)
+    embeddings["PCA-50, not integrated"] = components
+    embeddings["Harmony"] = harmony_embedding(components, batches, seed=args.seed)
     shown = ("avg_bio", "avg_bio_resolution_1", "avg_batch", "bras", "ilisi")
     print(f"\n{'':28}" + "".join(f"{name:>22}" for name in shown))
     for name, vectors in embeddings.items():

@@ -135,6 +135,7 @@ def learn(arguments: argparse.Namespace, cells: anndata.AnnData, model: Any, tok
         strongest = np.argsort(-np.abs(row))[:5]
         text = [f"{predicted.var['gene_symbols'].iloc[gene]} {row[gene]:+.2f}" for gene in strongest]
         print(f"{name}: {', '.join(text)}")
+    print("Held out, beside the perturbed mean and other baselines: evaluate.py --task perturbation.")
     print(f"{predicted.n_obs} perturbations x {predicted.n_vars} genes, model: {arguments.output.resolve()}")
 
 
