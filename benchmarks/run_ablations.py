@@ -32,6 +32,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from modeling_scdiva import ScDivaForMaskedDiffusion
+from modeling_scdiva.evaluation.figures import draw_mask_curve
 from modeling_scdiva.evaluation.report import print_result, write_result
 from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.metrics.annotation import depth_features, log_normalise
@@ -265,6 +266,26 @@ def baseline_rows(labelled: Any) -> list[dict[str, Any]]:
     ]
 
 
+def ablation_figures(result: dict[str, Any]) -> dict[str, Any]:
+    """Draw the variants over the share of masked genes, and over the depth of the probed cells."""
+    variants = {f"scDiVa, {row['method']}": row for row in result["numbers"]}
+    percents = [round(100 * ratio) for ratio in MASK_RATIOS]
+    accuracies = {
+        name: [row[f"accuracy_at_{percent}"] for percent in percents] for name, row in variants.items()
+    }
+    pooled = [(name, "mean", row) for name, row in variants.items()]
+    pooled += [(row["method"], "lat", row) for row in result["baselines"]]  # where baselines have theirs
+    scores = {
+        name: [row[f"{pooling}_f1_at_depth_{depth:g}"] for depth in DEPTHS] for name, pooling, row in pooled
+    }
+    return {
+        "mask_ratios": draw_mask_curve(
+            percents, accuracies, "genes masked (%)", "share of genes named right"
+        ),
+        "depths": draw_mask_curve(DEPTHS, scores, "depth of the cells", "macro-F1, mean embedding"),
+    }
+
+
 def main() -> None:
     """Run the variants, print the table, write the result."""
     args = parse_arguments()
@@ -296,7 +317,7 @@ def main() -> None:
         "details": {"config": json.loads(args.config.read_text("utf-8"))},
     }
     print_result(result)
-    print(f"wrote {write_result(result, args.output, 'ablations')}")
+    print(f"wrote {write_result(result, args.output, 'ablations', ablation_figures(result))}")
 
 
 if __name__ == "__main__":

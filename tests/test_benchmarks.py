@@ -195,6 +195,8 @@ def test_ablations_go_on_where_they_stopped(
     (path,) = (tmp_path / "out").glob("*_ablations.json")
     rows = {row["method"]: row for row in json.loads(path.read_text("utf-8"))["numbers"]}
     assert len(rows) == 12
+    pictures = {picture.name for picture in path.parent.glob("*.png")}
+    assert pictures == {f"{path.stem}_depths.png", f"{path.stem}_mask_ratios.png"}
     assert rows["no rotary positions"]["published"] == "F1 0.83, with them 0.84"
     assert "lat_f1_at_depth_1" not in rows["no anchor"]
     losses = {name: row["gene_loss"] for name, row in rows.items()}

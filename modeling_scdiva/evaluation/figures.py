@@ -168,10 +168,11 @@ def draw_mask_curve(
     _check_curves({name: (x, curve) for name, curve in curves.items()})
     figure = _figure((6.5, 4.2))
     panel = figure.subplots()
-    for name, curve in curves.items():
+    for number, (name, curve) in enumerate(curves.items()):
         y = np.array([np.nan if value is None else value for value in curve], dtype=float)
         style = {"linewidth": 2.2} if name.lower().startswith("scdiva") else {"linestyle": "--"}
-        panel.plot(np.asarray(x, dtype=float), y, marker="o", markersize=4, label=name, **style)
+        marker = "osD^"[number // 10 % 4]  # there are ten colours
+        panel.plot(np.asarray(x, dtype=float), y, marker=marker, markersize=5, label=name, **style)
     panel.set(xlabel=xlabel, ylabel=ylabel)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
