@@ -8,7 +8,8 @@ Notable choices:
 - Every process follows the score of the first, so that all stop after the same epoch.
 - The weights of the best epoch are restored at the end: the score is the task's, on its validation cells.
 - The process group is the caller's: a script that may run in several processes ends with
-  ``accelerator.end_training()``, or the interpreter's exit aborts now and then.
+  ``accelerator.end_training()`` and keeps no wrapped model until then, or the interpreter's exit aborts now
+  and then.
 
 Source: METHOD.md section 7.
 """

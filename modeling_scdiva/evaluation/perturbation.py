@@ -346,12 +346,12 @@ def _add(
     clouds: list[dict[str, Any]],
 ) -> None:
     _add_units(scores, data)
-    p_values = [of_perturbation.pop("p_values") for of_perturbation in clouds]
+    p_values = [of_perturbation["p_values"] for of_perturbation in clouds]
     for name, values in _scored(data, predicted, true, p_values=p_values).items():
         scores.values[name] += values.tolist()
     for of_perturbation in clouds:
-        for name, distance in of_perturbation.items():
-            scores.values[name].append(distance)
+        for name in ("energy_distance", "mmd"):
+            scores.values[name].append(of_perturbation[name])
     for row, wanted in zip(predicted, true, strict=True):
         full = np.full((2, int(data.gene_ids.max()) + 1), np.nan)
         full[0, data.gene_ids], full[1, data.gene_ids] = row, wanted
