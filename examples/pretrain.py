@@ -13,6 +13,7 @@ The corpus comes from data/build_corpus.py. The finished folder holds weights, c
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -20,10 +21,11 @@ import transformers
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from modeling_scdiva import ScDivaConfig
 from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.training import PretrainingArguments, pretrain
 from tokenization_scdiva import ScDivaTokenizer, corpus_loader
-from tokenization_scdiva.corpus import read_manifest
+from tokenization_scdiva.corpus import corpus_conditions, read_manifest
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,6 +51,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--depth_corruption", choices=["scale", "thin", "none"], default="scale")
     parser.add_argument("--masking_target", choices=["joint", "expression", "gene"], default="joint")
     parser.add_argument(
+        "--conditions",
+        nargs="+",
+        default=[],
+        help="kept obs columns to steer generation by; library_size: depth",
+    )
+    parser.add_argument(
         "--n_gene_queries",
         type=int,
         default=256,
@@ -71,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_loaders(
-    args: argparse.Namespace, tokenizer: ScDivaTokenizer, accelerator: Accelerator, *, has_decoder: bool
+    args: argparse.Namespace, tokenizer: ScDivaTokenizer, accelerator: Accelerator, network: ScDivaConfig
 ) -> dict[str, DataLoader]:
     """Open both splits; each process reads its share of every global micro-batch."""
     if args.batch_size % args.gradient_accumulation_steps:
@@ -89,7 +97,9 @@ def make_loaders(
             num_workers=args.num_workers,
             masking_target=args.masking_target,
             depth_corruption=args.depth_corruption,
-            n_gene_queries=args.n_gene_queries if has_decoder else 0,
+            n_gene_queries=args.n_gene_queries if network.latent_loss_weight else 0,
+            conditions=network.conditions,
+            objective=network.objective,
         )
         for split in ("train", "validation")
         if split == "train" or n_cells[split]  # a corpus may do without held-out cells
@@ -107,9 +117,10 @@ def main() -> None:
     read_manifest(args.corpus)  # first, because its message says what is wrong with the folder
     tokenizer = ScDivaTokenizer.from_pretrained(args.tokenizer or args.corpus / "tokenizer")
 
-    model = fresh_model(args.config, tokenizer, seed=args.seed)
-    has_decoder = model.query_decoder is not None
-    loaders = make_loaders(args, tokenizer, accelerator, has_decoder=has_decoder)
+    network = json.loads(args.config.read_text("utf-8"))
+    network["conditions"] = corpus_conditions(args.corpus, args.conditions) or None
+    model = fresh_model(network, tokenizer, seed=args.seed)
+    loaders = make_loaders(args, tokenizer, accelerator, model.config)
     n_cells = {split: len(loader.dataset) for split, loader in loaders.items()}
     n_held_out = n_cells.get("validation", 0)
     steps_per_epoch = loaders["train"].batch_sampler.batches_per_epoch // args.gradient_accumulation_steps
@@ -147,7 +158,7 @@ def main() -> None:
     )
     numbers = log[-1]  # held-out losses, if the corpus holds any cells out
     kinds = ["gene", "expression"] if args.masking_target == "joint" else [args.masking_target]
-    kinds += ["latent"] if has_decoder else []
+    kinds += ["latent"] if model.query_decoder is not None else []
     told = [f"{kind} loss {numbers[f'eval_{kind}_loss']:.4f}" for kind in kinds if "eval_loss" in numbers]
     accelerator.print(
         f"Saved {args.output_dir}, held-out {' and '.join(told) or 'loss unknown'}. Load it from the folder "

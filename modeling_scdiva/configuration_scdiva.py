@@ -28,6 +28,9 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_scdiva.ScDivaForSequenceClassification",
 }
 
+# The condition whose entries are edges of depth classes instead of names.
+LIBRARY_SIZE = "library_size"
+
 # Keywords which are no fields of ours but which transformers itself passes or reads from a config.json.
 BASE_KEYWORDS = frozenset(
     {
@@ -72,7 +75,8 @@ class ScDivaConfig(PreTrainedConfig):
         pert_token_id: Token of a perturbation.
         n_special_tokens: The first ids of the vocabulary, which are never predicted.
         tie_word_embeddings: Share the weights of the gene embedding and the gene head.
-        objective: Training objective; "paper" is the mean masked loss per cell of METHOD.md section 4.
+        objective: Training objective of METHOD.md section 4; "paper" is the mean masked loss per cell, "elbo"
+            the variational bound on genes and counts, which needs exclude_visible_genes and raw counts.
         expression_loss_weight: Weight of the expression loss beside the gene loss.
         exclude_visible_genes: Give genes that are visible in a cell probability zero at its masked positions.
         value_head: "scalar" predicts a value from the position alone, "gene" from the position and the gene.
@@ -82,6 +86,9 @@ class ScDivaConfig(PreTrainedConfig):
             added; without it the value embedding, which grows in training, drowns the genes.
         use_anchor: Let the anchor take part; False hides it from all positions, for ablations.
         use_rotary_positions: Tell positions apart by rotation; False sees a cell as a set, for ablations.
+        conditions: What generation can be steered by: name of a column of ``obs`` -> its categories. The name
+            "library_size" stands for depth: its entries are the inner edges, in molecules, of the classes.
+        quality_head: Add a head that judges visible genes, for re-masking; see modeling_scdiva.quality.
         sparse_prediction: Compute gene logits at masked positions only, unless all are asked for.
         cell_pooling: What the classifier reads: "lat" (the anchor) or "mean" (mean over the gene positions).
         vocabulary_hash: Content hash of the vocabulary the weights belong to.
@@ -122,7 +129,7 @@ class ScDivaConfig(PreTrainedConfig):
     pert_token_id: int = 4
     n_special_tokens: int = 5
     tie_word_embeddings: bool = False
-    objective: Literal["paper"] = "paper"
+    objective: Literal["paper", "elbo"] = "paper"
     expression_loss_weight: float | int = 10.0
     exclude_visible_genes: bool = False
     value_head: Literal["scalar", "gene"] = "scalar"
@@ -130,6 +137,8 @@ class ScDivaConfig(PreTrainedConfig):
     normalize_embeddings: bool = False
     use_anchor: bool = True
     use_rotary_positions: bool = True
+    conditions: dict | None = None
+    quality_head: bool = False
     sparse_prediction: bool = True
     cell_pooling: Literal["lat", "mean"] = "lat"
     vocabulary_hash: str | None = None
@@ -191,7 +200,40 @@ class ScDivaConfig(PreTrainedConfig):
                 f"latent_loss_weight=0, got {self.cell_pooling!r} and {self.latent_loss_weight}."
             )
             raise ValueError(msg)
+        if self.objective == "elbo" and not self.exclude_visible_genes:
+            msg = (
+                'objective="elbo" is a bound on cells in which a gene occurs once: set '
+                "exclude_visible_genes=True, got False."
+            )
+            raise ValueError(msg)
         self._validate_special_tokens()
+        self._validate_conditions()
+
+    @property
+    def n_condition_categories(self) -> tuple[int, ...]:
+        """Number of categories of each condition, without "not given"."""
+        return tuple(
+            len(entries) + (name == LIBRARY_SIZE) for name, entries in (self.conditions or {}).items()
+        )
+
+    def _validate_conditions(self) -> None:
+        """Check that each condition has different categories, and depth rising edges.
+
+        Raises:
+            ValueError: If one has none, repeats one, or is not what its name says.
+        """
+        for name, entries in (self.conditions or {}).items():
+            if not isinstance(entries, list) or not entries:
+                msg = f"conditions[{name!r}] must be a list of categories, one at least, got {entries!r}."
+                raise ValueError(msg)
+            if name == LIBRARY_SIZE:
+                is_number = all(isinstance(edge, int | float) for edge in entries)
+                if not is_number or entries != sorted(set(entries)) or entries[0] <= 0:
+                    msg = f"conditions[{name!r}] must be rising, positive edges in molecules, got {entries}."
+                    raise ValueError(msg)
+            elif not all(isinstance(entry, str) for entry in entries) or len(set(entries)) < len(entries):
+                msg = f"conditions[{name!r}] must be different names, got {entries}."
+                raise ValueError(msg)
 
     def _validate_special_tokens(self) -> None:
         """Check that the special tokens are the first, different ids of the vocabulary.
@@ -219,4 +261,4 @@ class ScDivaConfig(PreTrainedConfig):
             raise ValueError(msg)
 
 
-__all__ = ["ScDivaConfig"]
+__all__ = ["LIBRARY_SIZE", "ScDivaConfig"]

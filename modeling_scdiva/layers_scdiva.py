@@ -21,6 +21,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_scdiva import ScDivaConfig
 
+# Scale of a fresh value law: softplus(-2) = 0.13 log1p units, near the width of a lattice step. The smallest
+# scale keeps gradients finite where a value is nearly certain.
+SCALE_SHIFT, SMALLEST_SCALE = -2.0, 1e-3
+
 
 class ScDivaRMSNorm(nn.Module):
     """Divide by the root mean square over the width, then scale; no centring, no bias."""
@@ -320,6 +324,50 @@ class ScDivaValueEmbedding(nn.Module):
         return torch.where(is_hidden.unsqueeze(-1), self.hidden_value.to(embedded.dtype), embedded)
 
 
+class ScDivaConditionEmbedding(nn.Module):
+    """One token per condition of a cell: its category, or a learned vector for "not given"."""
+
+    def __init__(self, config: ScDivaConfig) -> None:
+        super().__init__()
+        sizes = [1 + n_categories for n_categories in config.n_condition_categories]  # 0 is "not given"
+        self.sizes = tuple(sizes)
+        self.starts = tuple(sum(sizes[:place]) for place in range(len(sizes)))
+        self.embedding = nn.Embedding(sum(sizes), config.hidden_size)
+        self.norm = ScDivaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, condition_ids: torch.Tensor | None, n_cells: int) -> torch.Tensor:
+        """Embed the conditions of a loader batch.
+
+        Args:
+            condition_ids: (B, K) int64 categories, 0 = not given; None = none of them given.
+            n_cells: Number of cells B.
+
+        Returns:
+            (B, K, D) vectors of root mean square 1 before training, as the positions of the last layer.
+
+        Raises:
+            ValueError: If the shape is wrong or a category does not exist.
+        """
+        starts = torch.tensor(self.starts, device=self.embedding.weight.device)
+        if condition_ids is None:
+            return self.norm(self.embedding(starts)).expand(n_cells, -1, -1)
+        if condition_ids.shape != (n_cells, len(self.sizes)):
+            wanted = (n_cells, len(self.sizes))
+            msg = f"condition_ids must have shape {wanted}, got {tuple(condition_ids.shape)}."
+            raise ValueError(msg)
+        if not torch.compiler.is_compiling():
+            sizes = torch.tensor(self.sizes, device=condition_ids.device)
+            is_wrong = (condition_ids < 0) | (condition_ids >= sizes)
+            if is_wrong.any():
+                cell, place = is_wrong.nonzero()[0].tolist()
+                msg = (
+                    f"condition_ids[{cell}, {place}] is {int(condition_ids[cell, place])}, and condition "
+                    f"{place} has the categories 1 to {self.sizes[place] - 1} (0 = not given)."
+                )
+                raise ValueError(msg)
+        return self.norm(self.embedding(condition_ids + starts))
+
+
 class ScDivaGeneTransform(nn.Module):
     """Prepare hidden states for the gene head: dense, activation, norm."""
 
@@ -361,15 +409,17 @@ class ScDivaValueHead(nn.Module):
             self.register_buffer("gene_weights", torch.ones(config.vocab_size))  # (V,)
         self.dense = nn.Linear(in_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.out_proj = nn.Linear(config.hidden_size, 1)
+        # A likelihood needs the width of the law as well; a squared error has a fixed one.
+        self.has_scale = config.objective == "elbo"
+        self.out_proj = nn.Linear(config.hidden_size, 2 if self.has_scale else 1)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         gene_ids: torch.Tensor | None = None,
         gene_embeddings: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Predict values.
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Predict the laws of values.
 
         Args:
             hidden_states: (..., D) states.
@@ -377,14 +427,19 @@ class ScDivaValueHead(nn.Module):
             gene_embeddings: (..., D) embeddings of these genes; needed by the gene form only.
 
         Returns:
-            (...) float32 predicted log1p of normalised counts, not negative.
+            (...) float32 centre, log1p of normalised counts, not negative; and for ``objective="elbo"`` the
+            (...) float32 scale of the law, same unit, positive.
         """
         if self.is_gene_conditioned:
             gene_states = self.gene_norm(gene_embeddings).to(hidden_states.dtype)
             hidden_states = torch.cat((hidden_states, gene_states), dim=-1)  # (..., 2 D)
-        scores = self.out_proj(self.act_fn(self.dense(hidden_states))).squeeze(-1)  # (...)
-        predictions = nn.functional.softplus(scores.float())
-        return predictions * self.gene_weights[gene_ids] if self.is_gene_conditioned else predictions
+        scores = self.out_proj(self.act_fn(self.dense(hidden_states))).float()  # (..., 1 or 2)
+        weights = self.gene_weights[gene_ids] if self.is_gene_conditioned else 1.0
+        location = nn.functional.softplus(scores[..., 0]) * weights
+        if not self.has_scale:
+            return location, None
+        scale = nn.functional.softplus(scores[..., 1] + SCALE_SHIFT) + SMALLEST_SCALE
+        return location, scale * weights
 
 
 class ScDivaGeneQueryDecoder(nn.Module):

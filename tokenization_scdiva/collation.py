@@ -29,7 +29,9 @@ from tokenization_scdiva.tokenization_scdiva import ScDivaTokenizer
 
 IGNORED_LABEL = -100
 # Streams of random numbers of one cell: counters far above any gene's place.
-TIME_STREAM, COIN_STREAM, DEPTH_STREAM, THINNING_STREAM = (np.uint64(2**40 + stream) for stream in range(4))
+TIME_STREAM, COIN_STREAM, DEPTH_STREAM, THINNING_STREAM, CONDITION_STREAM = (
+    np.uint64(2**40 + stream) for stream in range(5)
+)
 
 
 def thin_counts(counts: np.ndarray, keep_fraction: float, rng: np.random.Generator) -> np.ndarray:
@@ -55,6 +57,25 @@ def thin_counts(counts: np.ndarray, keep_fraction: float, rng: np.random.Generat
     return rng.binomial(counts, keep_fraction).astype(counts.dtype)
 
 
+def lowest_coins(coins: np.ndarray, offsets: np.ndarray, n_lowest: np.ndarray) -> np.ndarray:
+    """Mark a given number of the entries of each cell, those with the lowest coins: a uniform subset.
+
+    Args:
+        coins: (T,) independent uniform draws.
+        offsets: (B + 1,) cell boundaries.
+        n_lowest: (B,) entries to mark of each cell, at most its length.
+
+    Returns:
+        (T,) bool.
+    """
+    lengths = np.diff(offsets)
+    order = np.lexsort((coins, np.repeat(np.arange(len(lengths)), lengths)))  # by cell, then by coin
+    rank_in_cell = np.arange(len(coins)) - np.repeat(offsets[:-1], lengths)
+    is_marked = np.empty(len(coins), dtype=bool)
+    is_marked[order] = rank_in_cell < np.repeat(n_lowest, lengths)
+    return is_marked
+
+
 @dataclass
 class ScDivaDataCollator:
     """Turn cells of a corpus into masked model inputs and their targets.
@@ -76,6 +97,12 @@ class ScDivaDataCollator:
         depth_range: Ends of the log-uniform law of the kept share of depth.
         n_gene_queries: Genes a cell is asked for, half expressed and half silent, for a network with a
             gene-query decoder; 0 for none.
+        objective: ``paper`` masks each gene with probability t; ``elbo`` masks exactly k of the L genes of a
+            cell, k uniform on 1 .. L, and weights the cell by L / ``mean_n_genes``.
+        mean_n_genes: Mean number of genes of a training cell after the cut; needed for ``elbo``, where it
+            makes the loss nats per gene.
+        condition_dropout: Probability that a condition of a cell is hidden from the network: of each by
+            itself, and of all together.
         pad_to_multiple_of: Round the width of a batch up, for compiled or tensor-core runs.
     """
 
@@ -92,6 +119,9 @@ class ScDivaDataCollator:
     depth_probability: float = 0.5
     depth_range: tuple[float, float] = (0.1, 1.0)
     n_gene_queries: int = 0
+    objective: Literal["paper", "elbo"] = "paper"
+    mean_n_genes: float = 0.0
+    condition_dropout: tuple[float, float] = (0.1, 0.1)
     pad_to_multiple_of: int = 1
 
     def __post_init__(self) -> None:
@@ -99,10 +129,20 @@ class ScDivaDataCollator:
             ("masking_target", self.masking_target, ("joint", "expression", "gene")),
             ("depth_corruption", self.depth_corruption, ("none", "scale", "thin")),
             ("gene_order", self.gene_order, ("entropy", "expression", "random")),
+            ("objective", self.objective, ("paper", "elbo")),
         ):
             if value not in allowed:
                 msg = f"{name} must be one of {', '.join(allowed)}, got {value!r}."
                 raise ValueError(msg)
+        if self.objective == "elbo" and (self.masking_target != "joint" or self.mean_n_genes <= 0):
+            msg = (
+                "objective='elbo' bounds genes and counts together: it needs masking_target='joint' and the "
+                f"mean_n_genes of the corpus, got {self.masking_target!r} and {self.mean_n_genes}."
+            )
+            raise ValueError(msg)
+        if not all(0.0 <= rate <= 1.0 for rate in self.condition_dropout):
+            msg = f"condition_dropout must be two rates in [0, 1], got {self.condition_dropout}."
+            raise ValueError(msg)
         if self.n_gene_queries < 0 or self.n_gene_queries % 2:
             msg = f"n_gene_queries must be even and not negative, got {self.n_gene_queries}."
             raise ValueError(msg)
@@ -124,6 +164,8 @@ class ScDivaDataCollator:
             "depth_range",
             "max_genes",
             "n_gene_queries",
+            "objective",
+            "condition_dropout",
         )
         return {f"corruption_{name}": getattr(self, name) for name in names}
 
@@ -159,8 +201,9 @@ class ScDivaDataCollator:
 
         Returns:
             ``input_ids``, ``expression_values``, ``is_masked``, ``labels`` and ``expression_labels`` (B, S),
-            ``timestep`` (B,), ``attention_mask`` (B, S) where anything is padded, and what
-            `draw_gene_queries` returns where genes are asked for. ``labels`` is -100 wherever no gene is to
+            ``timestep`` (B,), ``attention_mask`` (B, S) where anything is padded, what `draw_gene_queries`
+            returns where genes are asked for, ``condition_ids`` (B, K) where the corpus has conditions, and
+            for ``elbo`` ``size_factors`` and ``loss_weight`` (B,). ``labels`` is -100 wherever no gene is to
             be predicted; ``expression_labels`` are the clean values.
         """
         # 1. One hash per cell stands for all its random numbers.
@@ -173,7 +216,12 @@ class ScDivaDataCollator:
         lengths = clean.n_genes
         places = np.arange(len(clean.token_ids)) - np.repeat(clean.offsets[:-1], lengths)
         coins = hashed_uniform(np.repeat(cell_seed, lengths), places.astype(np.uint64))  # (T,)
-        is_drawn = coins < np.repeat(timestep, lengths)  # (T,)
+        if self.objective == "elbo":
+            n_masked = np.ceil(timestep * lengths).astype(np.int64)  # uniform on 1 .. L
+            is_drawn = lowest_coins(coins, clean.offsets, n_masked)  # (T,)
+            timestep = np.where(lengths > 0, n_masked / np.maximum(lengths, 1), timestep)
+        else:
+            is_drawn = coins < np.repeat(timestep, lengths)  # (T,)
         # 4. Inputs and targets.
         genes = clean.token_ids.astype(np.int64)
         hides_gene, hides_value = self.masking_target != "expression", self.masking_target != "gene"
@@ -195,16 +243,36 @@ class ScDivaDataCollator:
                 (np.arange(width) <= lengths[:, None]).astype(np.int64)
             )
         inputs["timestep"] = torch.from_numpy(timestep.astype(np.float32))
+        inputs |= self._extra_inputs(batch, cell_seed, lengths)
+        return inputs
+
+    def _extra_inputs(
+        self, batch: CellBatch, cell_seed: np.ndarray, lengths: np.ndarray
+    ) -> dict[str, torch.Tensor]:
+        """What only some networks read: the parts of the bound, conditions, gene queries."""
+        extra: dict[str, np.ndarray] = {}
+        if self.objective == "elbo":
+            if batch.cells.library_size is None:
+                msg = "objective='elbo' is a likelihood of counts and needs a corpus of them; use 'paper'."
+                raise ValueError(msg)
+            extra["size_factors"] = (batch.cells.library_size / self.target_sum).astype(np.float32)
+            extra["loss_weight"] = (lengths / self.mean_n_genes).astype(np.float32)
+        if batch.condition_ids is not None:
+            each, joint = self.condition_dropout
+            places = np.arange(batch.condition_ids.shape[1] + 1, dtype=np.uint64)
+            streams = CONDITION_STREAM + (places << np.uint64(8))
+            uniforms = hashed_uniform(cell_seed[:, None], streams)  # (B, K + 1)
+            is_hidden = (uniforms[:, 1:] < each) | (uniforms[:, :1] < joint)
+            extra["condition_ids"] = np.where(is_hidden, 0, batch.condition_ids)
         if self.n_gene_queries:
-            queries = draw_gene_queries(
+            extra |= draw_gene_queries(
                 batch.cells,
                 batch.measured_genes[batch.dataset_ids],
                 n_queries=self.n_gene_queries,
                 cell_seed=cell_seed,
                 pad_token_id=self.pad_token_id,
             )
-            inputs |= {name: torch.from_numpy(array) for name, array in queries.items()}
-        return inputs
+        return {name: torch.from_numpy(array) for name, array in extra.items()}
 
     def _cell_seed(self, draws: np.ndarray) -> np.ndarray:
         cells, epochs = draws[:, 0].astype(np.uint64), draws[:, 1].astype(np.uint64)

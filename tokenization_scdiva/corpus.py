@@ -19,6 +19,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch.utils.data import Dataset as TorchDataset
 
+from modeling_scdiva.conditions_scdiva import category_ids
 from tokenization_scdiva.files import file_sha256
 from tokenization_scdiva.gene_queries import unpack_measured_genes
 from tokenization_scdiva.ranking_scdiva import FlatCells, normalise_counts
@@ -134,12 +135,14 @@ class CellBatch(NamedTuple):
         draws: (B, 4) int64, the rows of `CellDraw`.
         dataset_ids: (B,) int64, the file of each cell.
         measured_genes: (files, V) bool, the genes that each file measures.
+        condition_ids: (B, K) int64 category of each condition, 0 = not given; None where there are none.
     """
 
     cells: FlatCells
     draws: np.ndarray
     dataset_ids: np.ndarray
     measured_genes: np.ndarray
+    condition_ids: np.ndarray | None = None
 
 
 class CellCorpus(TorchDataset[CellBatch]):
@@ -149,19 +152,29 @@ class CellCorpus(TorchDataset[CellBatch]):
         folder: Corpus folder.
         split: ``train`` or ``validation``.
         ranking_settings: ``tokenizer.ranking_settings``; a corpus made with others is refused.
+        conditions: Of the network's config, name of a kept ``obs`` column (or "library_size") -> categories.
 
     Raises:
         FileNotFoundError: If the corpus or a shard is missing.
+        KeyError: If the corpus kept no column of a condition.
         ValueError: If the corpus was made with another vocabulary or other settings, a shard is not whole or
             not what was written, or the split is unknown or empty.
     """
 
-    def __init__(self, folder: str | Path, split: str, *, ranking_settings: Mapping[str, Any]) -> None:
-        self.folder, self.split = Path(folder), split
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        *,
+        ranking_settings: Mapping[str, Any],
+        conditions: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        self.folder, self.split, self.conditions = Path(folder), split, dict(conditions or {})
         self.manifest = read_manifest(folder)
         self.target_sum = float(self.manifest["ranking"]["target_sum"])
         self.value_kind: str = self.manifest["value_kind"]
         _check_ranking(self.folder, self.manifest["ranking"], ranking_settings)
+        _check_conditions(self.folder, self.manifest, self.conditions)
         if split not in SPLITS:
             msg = f"split must be one of {', '.join(SPLITS)}, got {split!r}."
             raise ValueError(msg)
@@ -202,14 +215,21 @@ class CellCorpus(TorchDataset[CellBatch]):
         table = self._rows[keys[:, 0].tolist()]
         offsets, token_ids = _flat_list(table.column("gene_ids"))
         token_ids = token_ids.astype(np.int32)
-        files = table.column("dataset_id").to_numpy().astype(np.int64), self.measured_genes
+        ids = [self._condition_ids(name, table) for name in self.conditions]
+        dataset_ids = table.column("dataset_id").to_numpy().astype(np.int64)
+        origin = (dataset_ids, self.measured_genes, np.stack(ids, axis=1) if ids else None)
         if self.value_kind == "log1p":
             values = _flat_list(table.column("expression_values"))[1].astype(np.float32)
-            return CellBatch(FlatCells(offsets, token_ids, values, None, None), keys, *files)
+            return CellBatch(FlatCells(offsets, token_ids, values, None, None), keys, *origin)
         counts = _flat_list(table.column("counts"))[1].astype(np.int32)
         library_size = table.column("library_size").to_numpy().astype(np.float64)
         values = normalise_counts(counts, np.repeat(library_size, np.diff(offsets)), self.target_sum)
-        return CellBatch(FlatCells(offsets, token_ids, values, counts, library_size), keys, *files)
+        return CellBatch(FlatCells(offsets, token_ids, values, counts, library_size), keys, *origin)
+
+    def _condition_ids(self, name: str, table: pa.Table) -> np.ndarray:
+        """(B,) int64 ids of one condition; a category that the network does not know is not given."""
+        entries = table.column(name).to_pylist()
+        return category_ids(name, entries, self.conditions, is_strict=False)
 
     def describe(self, cell: int) -> dict[str, Any]:
         """Say which cell a row is: data set, row in its file and the kept ``obs`` columns.
@@ -239,6 +259,55 @@ def _check_ranking(folder: Path, corpus: Mapping[str, Any], tokenizer: Mapping[s
             "built with, or build the corpus again with this one."
         )
         raise ValueError(msg)
+
+
+def _check_conditions(
+    folder: Path, manifest: Mapping[str, Any], conditions: Mapping[str, Sequence[Any]]
+) -> None:
+    kept = [*manifest["settings"]["obs_keys"], *(["library_size"] * (manifest["value_kind"] == "counts"))]
+    missing = [name for name in conditions if name not in kept]
+    if missing:
+        msg = (
+            f"The corpus {folder} has no column {', '.join(map(repr, missing))} for the conditions of the "
+            f"network; it kept {', '.join(map(repr, kept)) or 'none'}. Build it again with --obs_keys "
+            f"{' '.join(missing)}."
+        )
+        raise KeyError(msg)
+
+
+def corpus_conditions(
+    folder: str | Path, names: Sequence[str], *, n_depth_classes: int = 16
+) -> dict[str, list[Any]]:
+    """List the categories of conditions in the training cells of a corpus, for the network's config.
+
+    Args:
+        folder: Corpus folder.
+        names: Kept ``obs`` columns; "library_size" asks for classes of depth.
+        n_depth_classes: Classes of depth with equally many cells each, at least 2.
+
+    Returns:
+        Name -> sorted categories, or the inner edges of the depth classes in molecules.
+
+    Raises:
+        ValueError: If a column names no cell.
+    """
+    manifest = read_manifest(folder)
+    conditions: dict[str, list[Any]] = {name: [] for name in names}
+    _check_conditions(Path(folder), manifest, conditions)
+    shards = [shard for shard in manifest["splits"]["train"]["shards"] if shard["n_cells"]]
+    rows = concatenate_datasets([_open_shard(Path(folder), shard, is_hashed=False) for shard in shards])
+    for name in names:
+        column = rows.data.column(name)
+        if name == "library_size":
+            inner = np.linspace(0, 1, n_depth_classes + 1)[1:-1]
+            edges = np.unique(np.quantile(column.to_numpy(), inner))
+            conditions[name] = [float(edge) for edge in edges if edge > 0]
+        else:
+            conditions[name] = sorted({entry for entry in column.unique().to_pylist() if entry})
+        if not conditions[name]:
+            msg = f"No training cell of {folder} has an entry in {name!r}. Leave this condition out."
+            raise ValueError(msg)
+    return conditions
 
 
 def _open_shard(folder: Path, shard: Mapping[str, Any], *, is_hashed: bool) -> Dataset:

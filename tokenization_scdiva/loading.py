@@ -1,8 +1,10 @@
 """A corpus split as a loader of masked batches: corpus, sampler and collator put together."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 from tokenization_scdiva.batch_sampler import CellBatchSampler
@@ -20,6 +22,7 @@ def corpus_loader(
     seed: int = 0,
     process: tuple[int, int] = (0, 1),
     num_workers: int = 0,
+    conditions: Mapping[str, Sequence[Any]] | None = None,
     **corruption: Any,
 ) -> DataLoader:
     """Load one split of a corpus in masked batches.
@@ -36,6 +39,7 @@ def corpus_loader(
         seed: Of order and corruption of training cells.
         process: Number of this process and of all processes.
         num_workers: Loader processes.
+        conditions: Of the network's config, see `CellCorpus`. Validation cells show all of theirs.
         **corruption: Settings of `ScDivaDataCollator`: ``masking_target``, ``depth_corruption``, ...; those
             of depth are for training cells only.
 
@@ -43,10 +47,12 @@ def corpus_loader(
         A loader whose ``batch_sampler`` is a `CellBatchSampler`.
     """
     is_train = split == "train"
-    cells = CellCorpus(corpus, split, ranking_settings=tokenizer.ranking_settings)
+    cells = CellCorpus(corpus, split, ranking_settings=tokenizer.ranking_settings, conditions=conditions)
     rank, world_size = process
     if not is_train:
-        seed, corruption["depth_corruption"] = 0, "none"
+        seed, corruption["depth_corruption"], corruption["condition_dropout"] = 0, "none", (0.0, 0.0)
+    if corruption.get("objective") == "elbo":
+        corruption["mean_n_genes"] = float(np.minimum(cells.n_genes, tokenizer.max_genes).mean())
     sampler = CellBatchSampler(
         cells.n_genes,
         batch_size=batch_size,
