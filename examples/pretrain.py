@@ -121,6 +121,8 @@ def main() -> None:
     network["conditions"] = corpus_conditions(args.corpus, args.conditions) or None
     model = fresh_model(network, tokenizer, seed=args.seed)
     loaders = make_loaders(args, tokenizer, accelerator, model.config)
+    size_law = loaders["train"].dataset.size_law(tokenizer.max_genes)
+    model.generation_config = model.generation_config.updated(size_law=size_law)
     n_cells = {split: len(loader.dataset) for split, loader in loaders.items()}
     n_held_out = n_cells.get("validation", 0)
     steps_per_epoch = loaders["train"].batch_sampler.batches_per_epoch // args.gradient_accumulation_steps

@@ -9,6 +9,8 @@ from transformers import (
 )
 
 from modeling_scdiva.configuration_scdiva import ScDivaConfig
+from modeling_scdiva.generation_config_scdiva import ScDivaGenerationConfig, ScDivaGenerationOutput
+from modeling_scdiva.likelihood_scdiva import ScDivaLikelihoodOutput
 from modeling_scdiva.modeling_scdiva import (
     ScDivaForMaskedDiffusion,
     ScDivaForSequenceClassification,
@@ -18,14 +20,19 @@ from modeling_scdiva.modeling_scdiva import (
     pool_cells,
 )
 from modeling_scdiva.pipelines import register_pipelines
+from modeling_scdiva.steering_scdiva import Steering
 
 __all__ = [
     "ScDivaConfig",
     "ScDivaForMaskedDiffusion",
     "ScDivaForSequenceClassification",
+    "ScDivaGenerationConfig",
+    "ScDivaGenerationOutput",
+    "ScDivaLikelihoodOutput",
     "ScDivaMaskedDiffusionOutput",
     "ScDivaModel",
     "ScDivaPreTrainedModel",
+    "Steering",
     "pool_cells",
 ]
 

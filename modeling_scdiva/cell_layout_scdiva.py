@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .conditions_scdiva import NOT_GIVEN
 from .generation_config_scdiva import ScDivaGenerationConfig, ScDivaGenerationOutput
 from .sampling_scdiva import CellNoise
 from .unmask_scdiva import CellState, UnmaskedCells
@@ -168,13 +169,13 @@ def checked_conditions(
         return None
     n_conditions = len(network.conditions)
     if condition_ids is None:
-        condition_ids = torch.zeros(n_conditions, dtype=torch.long)
+        condition_ids = torch.full((n_conditions,), NOT_GIVEN)
     ids = torch.as_tensor(condition_ids, dtype=torch.long, device=device)
     ids = ids.expand(n_cells, -1) if ids.ndim == 1 else ids
     if ids.shape != (n_cells, n_conditions):
         msg = f"condition_ids must have shape {(n_cells, n_conditions)}, got {tuple(ids.shape)}."
         raise ValueError(msg)
-    if is_guided and (ids == 0).all(dim=1).any():
+    if is_guided and (ids == NOT_GIVEN).all(dim=1).any():
         msg = (
             f"guidance_scale={config.guidance_scale:g} sharpens conditions, and a cell has none. Give one, "
             "or leave guidance_scale at 1."
@@ -230,7 +231,11 @@ def with_slots(state: CellState, n_genes: Any, network: Any) -> CellState:
         ValueError: If a cell has more genes than that, or the number cannot be.
     """
     n_cells = len(state.input_ids)
-    wanted = torch.as_tensor(n_genes, dtype=torch.long).expand(n_cells).to(state.input_ids.device)
+    wanted = torch.as_tensor(n_genes, dtype=torch.long, device=state.input_ids.device)
+    if wanted.ndim and wanted.shape != (n_cells,):
+        msg = f"n_genes must be one number or {n_cells}, one per cell, got shape {tuple(wanted.shape)}."
+        raise ValueError(msg)
+    wanted = wanted.expand(n_cells)
     check_lengths(wanted.cpu().numpy(), network)
     is_front = state.attention_mask & _is_front(state.input_ids, network)
     n_given = (state.attention_mask & ~is_front).sum(dim=1)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .conditions_scdiva import NOT_GIVEN
 from .unmask_scdiva import CellState
 from .value_law_scdiva import guided_law
 
@@ -76,7 +77,7 @@ class ScDivaDenoiser:
             inputs["condition_ids"] = state.condition_ids
         if self.is_guided:
             inputs = {name: torch.cat((entries, entries)) for name, entries in inputs.items()}
-            inputs["condition_ids"][len(input_ids) :] = 0
+            inputs["condition_ids"][len(input_ids) :] = NOT_GIVEN
         if self.gene_bias is not None:
             self._bias = self.gene_bias(state)
         states = self.model.model(**inputs).last_hidden_state  # (B or 2 B, S, D)

@@ -10,14 +10,15 @@ Dimensions: N cells, B cells of one call, S positions, V vocabulary, K condition
 Source: METHOD.md section 5.
 """
 
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from transformers.utils.logging import tqdm
 
 from .cell_layout_scdiva import (
     cell_seeds,
@@ -72,6 +73,9 @@ class ScDivaGenerationMixin:
             from_pipeline: Unused.
             pretrained_model_name_or_path: Checkpoint folder or Hub id.
             **kwargs: How to reach it.
+
+        Raises:
+            OSError: If their file is damaged.
         """
         loading = {name: kwargs[name] for name in LOADING if name in kwargs}
         if generation_config is not None:
@@ -81,8 +85,10 @@ class ScDivaGenerationMixin:
             self.generation_config = ScDivaGenerationConfig.from_pretrained(
                 pretrained_model_name_or_path, **loading
             )
-        except OSError:  # a checkpoint from before there were any
-            self.generation_config = ScDivaGenerationConfig()
+        except OSError as error:
+            if isinstance(error.__context__, json.JSONDecodeError | UnicodeDecodeError):
+                raise  # the file is there, and damaged
+            self.generation_config = ScDivaGenerationConfig()  # a checkpoint from before there were any
 
     def generate(  # noqa: PLR0913 - the inputs of the network, what is wanted, and how
         self,
@@ -137,6 +143,9 @@ class ScDivaGenerationMixin:
             seeds = cell_seeds(len(input_ids), config.seed, generator)
             state = hide_share(state, seeds, strength, self.config)
         else:
+            if expression_values is not None or attention_mask is not None or strength != 1.0:
+                msg = "expression_values, attention_mask and strength need input_ids, cells to start from."
+                raise ValueError(msg)
             n_cells = n_new_cells(n_cells, n_genes)
             seeds = cell_seeds(n_cells, config.seed, generator)
             state = self._new_state(n_cells, n_genes, size_factors, seeds, config)
@@ -229,38 +238,52 @@ class ScDivaGenerationMixin:
             The cells with these values; for ``query_ids`` the genes asked for and their expected values.
 
         Raises:
-            ValueError: If not exactly one of ``is_masked`` and ``query_ids`` came.
+            ValueError: If not exactly one of ``is_masked`` and ``query_ids`` came, or of another shape.
         """
         if (is_masked is None) == (query_ids is None):
             msg = "Pass is_masked for values at slots, or query_ids for any genes: one of the two."
             raise ValueError(msg)
         size_factors, generator = options.pop("size_factors", None), options.pop("generator", None)
         finishing = {name: options.pop(name) for name in FINISHING if name in options}
-        state = self._given_state(input_ids, expression_values, attention_mask, size_factors)
-        if query_ids is not None:
-            return self._answer_queries(state, query_ids, finishing.get("condition_ids"))
-        is_wanted = torch.as_tensor(is_masked, device=self.device).bool()
-        is_gene = state.attention_mask & (state.input_ids >= self.config.n_special_tokens)
-        state = replace(state, is_masked=state.is_masked | (is_wanted & is_gene))
         posterior_mean = {"steps": 1, "value_temperature": 0.0, "canonicalize": False}
         config = self._settings(options.pop("generation_config", None), posterior_mean | options)
+        state = self._given_state(input_ids, expression_values, attention_mask, size_factors)
+        if query_ids is not None:
+            given = finishing.get("condition_ids")
+            ids = checked_conditions(given, len(state.input_ids), self.config, config, self.device)
+            return self._answer_queries(replace(state, condition_ids=ids), query_ids)
+        is_wanted = torch.as_tensor(is_masked, device=self.device).bool()
+        if is_wanted.shape != state.input_ids.shape:
+            wanted, found = tuple(state.input_ids.shape), tuple(is_wanted.shape)
+            msg = f"is_masked must have the shape of input_ids, {wanted}, got {found}."
+            raise ValueError(msg)
+        is_gene = state.attention_mask & (state.input_ids >= self.config.n_special_tokens)
+        state = replace(state, is_masked=state.is_masked | (is_wanted & is_gene))
         return self._finish(state, cell_seeds(len(input_ids), config.seed, generator), config, **finishing)
 
-    def _answer_queries(
-        self, state: CellState, query_ids: torch.Tensor, condition_ids: torch.Tensor | None
-    ) -> ScDivaGenerationOutput:
-        """Ask the gene-query decoder; probability times value is the expected value."""
+    def _answer_queries(self, state: CellState, query_ids: torch.Tensor) -> ScDivaGenerationOutput:
+        """Ask the gene-query decoder; probability times value is the expected value.
+
+        Returns:
+            The genes asked for, with these values.
+
+        Raises:
+            ValueError: If a token asked for is no gene.
+        """
         model: Any = self
+        query_ids = torch.as_tensor(query_ids, device=self.device)
+        is_gene = (query_ids >= self.config.n_special_tokens) & (query_ids < self.config.vocab_size)
+        if not is_gene.all():
+            msg = f"query_ids hold the token {int(query_ids[~is_gene][0])}, which is no gene."
+            raise ValueError(msg)
         with evaluation_mode(model):
-            given = {} if condition_ids is None else {"condition_ids": condition_ids.to(self.device)}
             states = model.model(
                 state.input_ids,
                 state.expression_values,
                 state.attention_mask.long(),
                 state.is_masked,
-                **given,
+                condition_ids=state.condition_ids,
             ).last_hidden_state
-            query_ids = query_ids.to(self.device)
             log_odds, values = model.decode_genes(states[:, 0], query_ids)
         expected = log_odds.sigmoid() * values
         ones = torch.ones(expected.shape, dtype=torch.long, device=self.device)
@@ -301,6 +324,10 @@ class ScDivaGenerationMixin:
             msg = (
                 f"expression_values must have the shape of input_ids, {tuple(input_ids.shape)}, got {found}."
             )
+            raise ValueError(msg)
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            wanted, found = tuple(input_ids.shape), tuple(attention_mask.shape)
+            msg = f"attention_mask must have the shape of input_ids, {wanted}, got {found}."
             raise ValueError(msg)
         input_ids, config = input_ids.to(self.device), self.config
         is_attended = input_ids != config.pad_token_id
@@ -389,7 +416,11 @@ class ScDivaGenerationMixin:
         order = state.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
         done = []
         n_hidden = int((state.is_masked & state.attention_mask).sum())
-        with evaluation_mode(self), tqdm(total=n_hidden, unit=" genes", disable=not show_progress) as bar:
+        if steering is not None:
+            steering.check(n_cells, self.config)
+        judging = nullcontext() if steering is None else evaluation_mode(steering.classifier)
+        bar = tqdm(total=n_hidden, unit=" genes", disable=not show_progress)
+        with evaluation_mode(self), judging, bar:
             for rows in order.split(config.batch_size):
                 denoiser = ScDivaDenoiser(
                     self,
@@ -441,10 +472,11 @@ def evaluation_mode(model: Any) -> Iterator[None]:
     """Switch dropout off, and give every submodule its own mode back, also after an error.
 
     Args:
-        model: Any network.
+        model: Any network, or None.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    modes = {} if model is None else {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = False
     try:
         yield
     finally:

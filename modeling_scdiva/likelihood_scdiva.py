@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers.utils import ModelOutput
+from transformers.utils.logging import tqdm
 
 from .bound_scdiva import estimate_bound, exact_log_prob
 from .cell_layout_scdiva import cell_seeds, checked_conditions, trimmed
@@ -34,12 +34,12 @@ class ScDivaLikelihoodOutput(ModelOutput):
         nll: (N,) float64 sum of the parts that are there.
         gene_nll: (N,) float64 of the genes, given their number.
         value_nll: (N,) float64 of the counts, given the genes; None if they were left out.
-        length_nll: (N,) float64 of the number of genes, given the library size; None for a checkpoint
-            without a law of cell sizes.
+        length_nll: (N,) float64 of the number of genes, given the library size; None for a checkpoint that
+            has no law of cell sizes.
         standard_error: (N,) float64 of ``nll``, from the draws of the bound; None where it is exact.
         n_tokens: (N,) int64 genes of each cell; ``nll / n_tokens`` is nats per token.
-        is_truncated: (N,) bool, True for cells with expressed genes beyond those kept; None if nobody said how
-            many are expressed.
+        is_truncated: (N,) bool, True for cells with expressed genes beyond those kept; None if nobody said
+            how many are expressed.
         gene_surprisal: (N, S) float64 mean nats of each gene where it was hidden, NaN elsewhere; on request.
     """
 

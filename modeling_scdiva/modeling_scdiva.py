@@ -124,11 +124,14 @@ class ScDivaModel(ScDivaPreTrainedModel):
             position_ids = torch.zeros_like(position_ids)
         is_attended = masks.is_attended
         if self.condition_embedding is not None:
-            # Behind the genes in memory, beside `<lat>` by position: ranks stay what they are without them.
+            # Behind the genes in memory, beside `<lat>` by position, on whichever side the padding is: ranks
+            # stay what they are without them.
             condition_states = self.condition_embedding(condition_ids, n_cells)  # (B, K, D)
             hidden_states = torch.cat((hidden_states, condition_states.to(hidden_states.dtype)), dim=1)
             n_conditions = condition_states.shape[1]
-            position_ids = nn.functional.pad(position_ids, (0, n_conditions))
+            position_ids = position_ids.expand(n_cells, -1)  # (B, S)
+            beside = position_ids.gather(1, is_attended.long().argmax(dim=1, keepdim=True))  # (B, 1)
+            position_ids = torch.cat((position_ids, beside.expand(-1, n_conditions)), dim=1)
             is_attended = nn.functional.pad(is_attended, (0, n_conditions), value=True)
         elif condition_ids is not None:
             msg = "condition_ids came, and this network was trained without conditions. Leave them out."
@@ -214,16 +217,8 @@ class ScDivaForMaskedDiffusion(ScDivaGenerationMixin, ScDivaLikelihoodMixin, ScD
         """
         kwargs.pop("num_items_in_batch", None)  # Trainer's count of labels; our losses are means per cell
         masks = self._position_masks(input_ids, inputs_embeds, attention_mask, is_masked)
-        outputs = self.model(
-            input_ids,
-            expression_values,
-            attention_mask,
-            is_masked,
-            position_ids,
-            inputs_embeds,
-            condition_ids,
-            **kwargs,
-        )
+        cells = (input_ids, expression_values, attention_mask, is_masked, position_ids, inputs_embeds)
+        outputs = self.model(*cells, condition_ids, **kwargs)
         hidden_states, n_cells = outputs.last_hidden_state, len(outputs.last_hidden_state)  # (B, S, D)
         # 1. Genes at n positions.
         is_wanted = masks.is_gene_masked if labels is None else masks.is_attended & (labels != -100)  # (B, S)

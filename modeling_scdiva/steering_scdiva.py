@@ -62,6 +62,34 @@ class Steering:
             msg = f'resample must be "steps" or "end", got {self.resample!r}.'
             raise ValueError(msg)
 
+    def check(self, n_cells: int, network: Any) -> None:
+        """Refuse labels and a classifier that do not fit.
+
+        Args:
+            n_cells: Cells to generate N.
+            network: `ScDivaConfig` of the generating network.
+
+        Raises:
+            ValueError: If labels are not one class per cell, or the classifier has another vocabulary.
+        """
+        if self.classifier is None or self.labels is None:
+            return
+        judge = self.classifier.config
+        hashes = {judge.vocabulary_hash, network.vocabulary_hash} - {None}
+        if judge.vocab_size != network.vocab_size or len(hashes) > 1:
+            msg = (
+                f"The classifier has another gene vocabulary ({judge.vocab_size:,} tokens, the network has "
+                f"{network.vocab_size:,}): the same token would be another gene. Train one for this network."
+            )
+            raise ValueError(msg)
+        is_class = (self.labels >= 0) & (self.labels < judge.num_labels)
+        if self.labels.shape != (n_cells,) or not is_class.all():
+            msg = (
+                f"labels must be {n_cells} classes in 0 .. {judge.num_labels - 1}, one per cell, got shape "
+                f"{tuple(self.labels.shape)} and {sorted(set(self.labels.flatten().tolist()))[:5]}."
+            )
+            raise ValueError(msg)
+
     @property
     def gene_bias(self) -> Callable[[CellState], SlotBias] | None:
         """What the denoiser calls at each look; None without a classifier."""
@@ -122,7 +150,8 @@ class Steering:
         rewards = self._rewards(done.state).view(n_cells, n_particles)
         if self.resample == "steps":
             log_weights = filter_.log_weights + rewards - filter_.potentials
-            kept = invert_law(log_weights.log_softmax(dim=1), filter_.uniforms())
+            everyone = torch.ones(n_cells, dtype=torch.bool, device=device)
+            kept = invert_law(log_weights.log_softmax(dim=1), filter_.uniforms(everyone))
         else:
             kept = rewards.argmax(dim=1)
         chosen = torch.arange(n_cells, device=kept.device) * n_particles + kept
@@ -166,10 +195,13 @@ class _ParticleFilter:
         self.potentials = torch.zeros_like(self.log_weights)
         self.n_cells = n_cells
 
-    def uniforms(self) -> torch.Tensor:
-        """(B,) one draw of each cell."""
-        real = torch.ones(self.n_cells, 1, dtype=torch.bool)
-        return self.noise.uniforms(torch.arange(self.n_cells), real, 1)[0, :, 0]
+    def uniforms(self, is_asked: torch.Tensor) -> torch.Tensor:
+        """(B,) one draw of each cell asked (B,); the others use none up, so that cells stay independent."""
+        asked = is_asked.nonzero().squeeze(1)
+        draws = torch.full((self.n_cells,), 0.5, dtype=torch.float64, device=self.noise.device)
+        real = torch.ones(len(asked), 1, dtype=torch.bool)
+        draws[asked] = self.noise.uniforms(asked, real, 1)[0, :, 0]
+        return draws
 
     def __call__(self, state: CellState, encoded: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Update the weights of the particles in sight, and say whose place each takes.
@@ -195,7 +227,8 @@ class _ParticleFilter:
         is_drawn = is_uneven & (n_present == n_particles)
         place_of = torch.full_like(self.log_weights, -1, dtype=torch.long)
         place_of[cells, members] = torch.arange(len(rows), device=rows.device)
-        levels = (torch.arange(n_particles, device=rows.device) + self.uniforms().unsqueeze(1)) / n_particles
+        offsets = self.uniforms(n_present > 0).unsqueeze(1)
+        levels = (torch.arange(n_particles, device=rows.device) + offsets) / n_particles
         parent_members = torch.searchsorted(law.cumsum(dim=1), levels).clamp(max=n_particles - 1)
         parents = torch.arange(len(rows), device=rows.device)
         moves = is_drawn[cells]

@@ -14,12 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import anndata
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value, concatenate_datasets
+from scipy.sparse import csr_matrix
 from torch.utils.data import Dataset as TorchDataset
 
 from modeling_scdiva.conditions_scdiva import category_ids
+from modeling_scdiva.size_law_scdiva import fit_size_law
 from tokenization_scdiva.files import file_sha256
 from tokenization_scdiva.gene_queries import unpack_measured_genes
 from tokenization_scdiva.ranking_scdiva import FlatCells, normalise_counts
@@ -204,6 +208,19 @@ class CellCorpus(TorchDataset[CellBatch]):
         """Which corpus it is; a run can be resumed only with the same."""
         return {"corpus_build_hash": self.manifest["build_hash"]}
 
+    def size_law(self, max_genes: int) -> dict[str, Any]:
+        """Count how large the cells of this split are, for ``generation_config.size_law``.
+
+        Args:
+            max_genes: Genes kept of a cell.
+
+        Returns:
+            By `fit_size_law`.
+        """
+        sizes = self._rows.data.column("library_size").to_numpy() if self.value_kind == "counts" else None
+        lengths = np.clip(self.n_genes, 1, max_genes)
+        return fit_size_law(lengths, sizes, max_genes=max_genes, target_sum=self.target_sum)
+
     def __getitem__(self, draw: int | CellDraw) -> CellBatch:
         return self.__getitems__([draw])
 
@@ -230,6 +247,34 @@ class CellCorpus(TorchDataset[CellBatch]):
         """(B,) int64 ids of one condition; a category that the network does not know is not given."""
         entries = table.column(name).to_pylist()
         return category_ids(name, entries, self.conditions, is_strict=False)
+
+    def to_anndata(self, cells: Sequence[int], tokenizer: Any) -> Any:
+        """Take cells out as an AnnData of raw counts over the genes of the vocabulary.
+
+        Args:
+            cells: Indices in the split.
+            tokenizer: The corpus' tokenizer, for the names of the genes.
+
+        Returns:
+            AnnData (N, V - special tokens): X CSR counts, ``obs["library_size"]`` molecules over all genes of
+            the file, ``obs["dataset"]`` and the kept columns.
+
+        Raises:
+            ValueError: If the corpus holds log1p values.
+        """
+        if self.value_kind != "counts":
+            msg = "This corpus holds log1p values; an AnnData of counts cannot be made from it."
+            raise ValueError(msg)
+        flat = self.__getitems__(list(cells)).cells
+        n_special = tokenizer.vocabulary.n_special_tokens
+        shape = (len(cells), len(tokenizer) - n_special)
+        counts = csr_matrix((flat.counts, flat.token_ids - n_special, flat.offsets), shape=shape)
+        obs = pd.DataFrame([self.describe(int(cell)) for cell in cells])
+        obs["library_size"] = flat.library_size
+        obs.index = [f"cell_{cell}" for cell in cells]
+        var = pd.DataFrame({"gene_symbols": tokenizer.vocabulary.gene_symbols[n_special:]})
+        var.index = tokenizer.vocabulary.gene_ids[n_special:]
+        return anndata.AnnData(counts, obs=obs, var=var)
 
     def describe(self, cell: int) -> dict[str, Any]:
         """Say which cell a row is: data set, row in its file and the kept ``obs`` columns.

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
         network_matrix,
         regulon,
     )
+    from modeling_scdiva.tasks.generation import (
+        complete_cells,
+        conditions_from_obs,
+        denoise_cells,
+        generate_cells,
+        marker_reward,
+    )
     from modeling_scdiva.tasks.imputation import impute_expression
     from modeling_scdiva.tasks.integration import IntegratedCells, integrate_batches
     from modeling_scdiva.tasks.integration_network import IntegrationArguments
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
     from modeling_scdiva.tasks.perturbation_training import PerturbationSettings, with_delta_decoder
     from modeling_scdiva.tasks.reconstruction import ReconstructedCells, reconstruct_cells
     from modeling_scdiva.tasks.reference_mapping import MappingSettings, map_to_reference
+    from modeling_scdiva.tasks.scoring import gene_surprisal, score_cells, score_labels
 
 __all__ = [
     "AnnotatorSettings",
@@ -41,20 +49,28 @@ __all__ = [
     "ScDivaForPerturbation",
     "annotate_cells",
     "clamp_genes",
+    "complete_cells",
+    "conditions_from_obs",
     "control_cells",
+    "denoise_cells",
     "embed_cells",
     "finetune_annotator",
     "finetune_perturbation",
+    "gene_surprisal",
+    "generate_cells",
     "impute_expression",
     "infer_gene_network",
     "integrate_batches",
     "load_annotator",
     "map_to_reference",
+    "marker_reward",
     "network_matrix",
     "predict_perturbation",
     "reconstruct_cells",
     "regulon",
     "save_annotator",
+    "score_cells",
+    "score_labels",
     "unknown_targets",
     "with_delta_decoder",
 ]
@@ -73,20 +89,28 @@ LAZY_NAMES = {
     "ScDivaForPerturbation": "perturbation_network",
     "annotate_cells": "annotation",
     "clamp_genes": "clamping",
+    "complete_cells": "generation",
+    "conditions_from_obs": "generation",
     "control_cells": "perturbation_data",
+    "denoise_cells": "generation",
     "embed_cells": "embedding",
     "finetune_annotator": "annotation",
     "finetune_perturbation": "perturbation",
+    "gene_surprisal": "scoring",
+    "generate_cells": "generation",
     "impute_expression": "imputation",
     "infer_gene_network": "gene_network",
     "integrate_batches": "integration",
     "load_annotator": "annotator_files",
     "map_to_reference": "reference_mapping",
+    "marker_reward": "generation",
     "network_matrix": "gene_network",
     "predict_perturbation": "perturbation",
     "reconstruct_cells": "reconstruction",
     "regulon": "gene_network",
     "save_annotator": "annotator_files",
+    "score_cells": "scoring",
+    "score_labels": "scoring",
     "unknown_targets": "perturbation_data",
     "with_delta_decoder": "perturbation_training",
 }

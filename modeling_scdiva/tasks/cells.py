@@ -12,7 +12,7 @@ Dimensions: N cells in a file, B cells in a loader batch, S positions, T gene to
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,8 +33,13 @@ class CellTokenizer(Protocol):
     vocabulary: Any  # with gene_ids, gene_symbols and a content_hash
     max_genes: int
     target_sum: float
+    gene_order: str
     lat_token_id: int
     pad_token_id: int
+
+    @property
+    def ranking_weights(self) -> np.ndarray:
+        """(V,) weights H_g + eps."""
 
     @property
     def vocab_size(self) -> int:
@@ -47,6 +52,9 @@ class CellTokenizer(Protocol):
 
     def match_genes(self, adata: Any, *, gene_id_key: str | None = None, **kwargs: Any) -> Any:
         """Match the columns of an AnnData with the vocabulary; ``token_ids`` (G,), -1 where unused."""
+
+    def decode_anndata(self, encoding: Any, *, obs_names: Any = None, library_size: Any = None) -> Any:
+        """Go back from tokens to an AnnData of expression values and counts."""
 
     def pad_cells(self, cells: Any, *, return_tensors: str) -> Mapping[str, torch.Tensor]:
         """Lay the cells of one block out as model inputs."""
@@ -62,6 +70,7 @@ class TokenizedCells:
         values: (T,) float32 log1p of normalised counts.
         lat_token_id: Token put in front of each cell.
         pad_token_id: Token behind the shorter ones.
+        library_size: (N,) float64 molecules per cell over all genes of the file; None for log1p values.
     """
 
     offsets: np.ndarray
@@ -69,6 +78,7 @@ class TokenizedCells:
     values: np.ndarray
     lat_token_id: int
     pad_token_id: int
+    library_size: np.ndarray | None = None
 
     @property
     def n_cells(self) -> int:
@@ -79,6 +89,21 @@ class TokenizedCells:
     def n_genes(self) -> np.ndarray:
         """(N,) gene tokens of each cell."""
         return np.diff(self.offsets)
+
+    def cut(self, max_genes: int) -> "TokenizedCells":
+        """Keep the first genes of each cell.
+
+        Args:
+            max_genes: Genes kept, at least 1.
+
+        Returns:
+            All cells.
+        """
+        lengths = self.n_genes
+        places = np.arange(lengths.sum()) - np.repeat(self.offsets[:-1], lengths)
+        is_kept = places < max_genes
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.minimum(lengths, max_genes))])
+        return replace(self, offsets=offsets, token_ids=self.token_ids[is_kept], values=self.values[is_kept])
 
     def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """Lay some cells out as model inputs.
@@ -128,6 +153,7 @@ def read_cells(
         msg = "The AnnData has no cells. Check the selection of cells that made it."
         raise ValueError(msg)
     blocks = list(tokenizer.iter_cells(adata, max_genes=max_genes, block_size=BLOCK_SIZE, **reading))
+    sizes = [block.library_size for block in blocks if block.library_size is not None]
     lengths = np.concatenate([np.diff(block.offsets) for block in blocks])
     return TokenizedCells(
         offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
@@ -135,6 +161,7 @@ def read_cells(
         values=np.concatenate([block.values for block in blocks]),
         lat_token_id=tokenizer.lat_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        library_size=np.concatenate(sizes) if sizes else None,
     )
 
 
