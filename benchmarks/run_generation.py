@@ -175,8 +175,8 @@ def measure_cost(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> d
         "numbers": [row],
         "baselines": [embedded],
         "columns": ("data", "method", "cost", "formula", "n_cells"),
-        "note": "CPU seconds of generating cells over those of embedding cells of the same lengths, median of "
-        f"{N_REPEATS} interleaved repeats; formula: calls + FLOPs of the gene head at each slot once / FLOPs "
+        "note": "CPU seconds of generating cells over those of embedding cells of the same lengths, median "
+        f"of {N_REPEATS} interleaved repeats; formula: calls + FLOPs of the gene head at each slot / FLOPs "
         "of one forward.",
         "details": {"embedding_seconds": embedding, "generation_seconds": generation},
     }

@@ -52,8 +52,10 @@ class BoundEstimate:
         draws = self.gene_nats + self.value_nats  # (B, n), by rising k
         n_draws = draws.shape[1]
         if self.is_stratified:
-            # One draw per stratum has no spread of its own; neighbours have nearly the same mean.
-            variance = draws.diff(dim=1).square().sum(dim=1) / (2 * (n_draws - 1))
+            # One draw per stratum has no spread of its own; neighbours have nearly the same mean. The first
+            # stratum, few genes with a large weight, varies most and has one neighbour: it would count half.
+            squares = draws.diff(dim=1).square()
+            variance = (squares.sum(dim=1) + squares[:, 0]) / (2 * n_draws)
         else:
             variance = draws.var(dim=1)
         return (variance / n_draws).sqrt()

@@ -76,15 +76,17 @@ def encode_conditions(
     Raises:
         ValueError: If a column has another number of cells.
     """
-    by_name = dict.fromkeys(conditions, np.zeros(n_cells, dtype=np.int64))
+    places = {name: place for place, name in enumerate(conditions)}
+    ids = np.full((n_cells, len(places)), NOT_GIVEN, dtype=np.int64)
     for name, given in columns.items():
         is_one = given is None or isinstance(given, str | int | float | np.number)
         entries = [given] * n_cells if is_one else list(given)
         if len(entries) != n_cells:
             msg = f"{name} has {len(entries)} entries for {n_cells} cells; give one for all, or one each."
             raise ValueError(msg)
-        by_name[name] = category_ids(name, entries, conditions, is_strict=is_strict)
-    return torch.from_numpy(np.stack(list(by_name.values()), axis=1))
+        column = category_ids(name, entries, conditions, is_strict=is_strict)
+        ids[:, places[name]] = column
+    return torch.from_numpy(ids)
 
 
 __all__ = ["NOT_GIVEN", "category_ids", "encode_conditions"]

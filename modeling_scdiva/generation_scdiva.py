@@ -333,10 +333,12 @@ class ScDivaGenerationMixin:
         is_attended = input_ids != config.pad_token_id
         if attention_mask is not None:
             is_attended = attention_mask.to(self.device).bool()
-        check_tokens(input_ids.masked_fill(~is_attended, config.pad_token_id), config)
+        input_ids = input_ids.masked_fill(~is_attended, config.pad_token_id)  # what was there is not read
+        check_tokens(input_ids, config)
+        values = expression_values.to(self.device, torch.float32)
         return CellState(
             input_ids=input_ids,
-            expression_values=expression_values.to(self.device, torch.float32),
+            expression_values=values.masked_fill(~is_attended, 0.0),
             attention_mask=is_attended,
             is_masked=(input_ids == config.mask_token_id) & is_attended,
             size_factors=checked_factors(size_factors, len(input_ids), self.device),

@@ -124,7 +124,8 @@ def draw_sizes(
                 weights = weights * law[:, bins].T
             classes = _invert(weights, uniforms[:, 0])
             low, high = depth_edges[classes], depth_edges[classes + 1]
-            library_sizes = np.maximum(1.0, np.rint(low * (high / low) ** uniforms[:, 1]))
+            fewest = 1.0 if n_genes is None else n_genes  # a token is at least one molecule
+            library_sizes = np.maximum(fewest, np.rint(low * (high / low) ** uniforms[:, 1]))
         else:
             classes = _depth_class(depth_edges, library_sizes)
     if n_genes is None:

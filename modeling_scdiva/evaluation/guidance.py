@@ -25,9 +25,10 @@ from modeling_scdiva.tasks.generation import generate_cells
 
 COLUMNS = ("data", "method", "agreement", "diversity", "n_cells", "n_types")
 NOTE = (
-    "Agreement: share of cells that a classifier fitted on real training cells gives the type they were asked "
-    "for (for real cells its accuracy). Diversity: mean distance between cells of one type on 30 principal "
-    "components over that of held-out real cells of the type, mean over types; 1 is that of real cells."
+    "Agreement: share of cells that a classifier fitted on real training cells gives the type they were "
+    "asked for (for real cells its accuracy). Diversity: mean distance between cells of one type on 30 "
+    "principal components over that of held-out real cells of the type, mean over types; 1 is that of real "
+    "cells."
 )
 # Types with fewer training or held-out cells are left out.
 MIN_REFERENCE, MIN_HELD_OUT = 20, 5

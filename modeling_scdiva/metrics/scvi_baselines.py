@@ -86,6 +86,33 @@ def scvi_embeddings(
         return {name: np.asarray(embedding, dtype=np.float32) for name, embedding in found.items()}
 
 
+def scvi_marginal_nll(
+    training_counts: Any, counts: Any, *, max_epochs: int = 400, n_samples: int = 500, seed: int = 0
+) -> np.ndarray:
+    """Train scVI and give the negative marginal log-likelihood of other cells, by importance sampling.
+
+    Args:
+        training_counts: (M, G) raw counts.
+        counts: (N, G) raw counts of the cells to score, over the same genes.
+        max_epochs: Passes over the training cells; stopped early when a tenth of them stops improving.
+        n_samples: Importance samples of each cell.
+        seed: Of initialisation, shuffle and draws.
+
+    Returns:
+        (N,) float64 nats per cell, given the sum of the cell's counts.
+    """
+    with _scvi_tools(seed) as scvi:
+        training = AnnData(csr_matrix(training_counts, dtype=np.float32))
+        scvi.model.SCVI.setup_anndata(training)
+        network = scvi.model.SCVI(training, n_latent=N_LATENT)
+        network.train(max_epochs=max_epochs, train_size=0.9, early_stopping=True, **QUIET)
+        cells = AnnData(csr_matrix(counts, dtype=np.float32))
+        nats = network.get_marginal_ll(
+            cells, n_mc_samples=n_samples, n_mc_samples_per_pass=25, return_mean=False
+        )
+    return -np.asarray(nats, dtype=np.float64).ravel()
+
+
 class ScviImputer:
     """scVI, trained once on the training cells of a split, that decodes other cells.
 
