@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from modeling_scdiva import ScDivaConfig
-from modeling_scdiva.fresh_model import fresh_model
+from modeling_scdiva.fresh_model import fresh_model, take_weights
 from modeling_scdiva.training import PretrainingArguments, pretrain
 from tokenization_scdiva import ScDivaTokenizer, corpus_loader
 from tokenization_scdiva.corpus import corpus_conditions, read_manifest
@@ -35,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--corpus", type=Path, required=True, help="corpus folder of data/build_corpus.py")
     parser.add_argument("--config", type=Path, required=True, help="ScDivaConfig file, see examples/configs")
+    parser.add_argument("--init_checkpoint", help="start from these weights, instead of at random")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder; default: the one inside the corpus")
     parser.add_argument("--output_dir", type=Path, default=Path("scdiva"), help="where the model goes")
     parser.add_argument(
@@ -120,6 +121,9 @@ def main() -> None:
     network = json.loads(args.config.read_text("utf-8"))
     network["conditions"] = corpus_conditions(args.corpus, args.conditions) or None
     model = fresh_model(network, tokenizer, seed=args.seed)
+    if args.init_checkpoint and not args.resume:
+        fresh = take_weights(model, args.init_checkpoint)
+        accelerator.print(f"Starting from {args.init_checkpoint}; random: {', '.join(fresh) or 'nothing'}.")
     loaders = make_loaders(args, tokenizer, accelerator, model.config)
     size_law = loaders["train"].dataset.size_law(tokenizer.max_genes)
     model.generation_config = model.generation_config.updated(size_law=size_law)

@@ -112,7 +112,7 @@ def estimate_bound(
         )
         cells = rows.repeat(len(now))
         genes, values, where = masked_nats(state.select(cells), is_hidden, denoiser, with_values=with_values)
-        weight = (lengths[cells] / n_hidden.flatten().clamp(min=1)).double()
+        weight = lengths[cells].double() / n_hidden.flatten().clamp(min=1)
         for total, nats in ((gene_nats, genes), (value_nats, values)):
             sums = torch.zeros(len(cells), dtype=torch.float64, device=nats.device)
             sums.index_add_(0, where[0], nats)

@@ -12,6 +12,9 @@ from accelerate.utils import set_seed
 from modeling_scdiva.configuration_scdiva import ScDivaConfig
 from modeling_scdiva.modeling_scdiva import ScDivaForMaskedDiffusion
 
+# Parts of the network that a checkpoint may lack when training goes on from it.
+OPTIONAL_PARTS = frozenset({"condition_embedding", "query_decoder", "quality_head"})
+
 
 class RankingTokenizer(Protocol):
     """What a fresh model takes from its tokenizer."""
@@ -63,6 +66,42 @@ def fresh_model(
     if network.value_head == "gene":
         model.set_gene_weights(tokenizer.ranking_weights)
     return model
+
+
+def take_weights(model: ScDivaForMaskedDiffusion, checkpoint: str | Path) -> list[str]:
+    """Start a model from the weights of a checkpoint instead of at random.
+
+    Parts that the checkpoint lacks (conditions, gene-query decoder, quality head) stay as they are; nothing
+    else may be missing, left over or of another shape.
+
+    Args:
+        model: A model with random weights, changed in place.
+        checkpoint: Folder or Hub id of a `ScDivaForMaskedDiffusion`.
+
+    Returns:
+        Names of the parts that stay random.
+
+    Raises:
+        ValueError: If the vocabularies or the networks differ.
+    """
+    source = ScDivaForMaskedDiffusion.from_pretrained(checkpoint)
+    known, wanted = source.config.vocabulary_hash, model.config.vocabulary_hash
+    if known != wanted:
+        msg = (
+            f"{checkpoint} was trained with the vocabulary {str(known)[:12]}, this run has "
+            f"{str(wanted)[:12]}: the same token would be another gene. Use the tokenizer and a corpus of "
+            "that checkpoint."
+        )
+        raise ValueError(msg)
+    weights, own = source.state_dict(), model.state_dict()
+    differing = [name for name in weights if name not in own or weights[name].shape != own[name].shape]
+    fresh = {name.removeprefix("model.").split(".")[0] for name in own if name not in weights}
+    if differing or not fresh <= OPTIONAL_PARTS:
+        names = ", ".join([*differing, *sorted(fresh - OPTIONAL_PARTS)][:6])
+        msg = f"{checkpoint} has another network: {names}. Use its configuration, objective included."
+        raise ValueError(msg)
+    model.load_state_dict(weights, strict=False)
+    return sorted(fresh)
 
 
 def random_weights(model: Any, *, seed: int = 0) -> Any:
