@@ -24,6 +24,7 @@ from modeling_scdiva.tasks.annotation import (
     calibrate,
     default_arguments,
     finetune_annotator,
+    hide_genes,
     validation_score,
 )
 from modeling_scdiva.tasks.annotator_files import ANNOTATOR_FILE, load_annotator, save_annotator
@@ -328,3 +329,28 @@ def test_rates_follow_what_is_trained():
         learning_rate=1e-5, seed=3
     )
     assert CellAnnotator(model=None).calibration is None
+
+
+def test_hidden_genes_are_a_share_of_each_cell(base, tokenizer):
+    cells = read_cells(made_up(400), tokenizer=tokenizer)
+    inputs = cells.batch(np.arange(cells.n_cells))
+    hidden = hide_genes(inputs, base.config, np.random.default_rng(0))
+    is_gene = inputs["input_ids"] >= base.config.n_special_tokens
+    is_hidden = hidden["input_ids"] == base.config.mask_token_id
+    assert not (is_hidden & ~is_gene).any()
+    assert (hidden["expression_values"][is_hidden] == 0).all()
+    kept = ~is_hidden
+    for name in ("input_ids", "expression_values"):
+        assert torch.equal(hidden[name][kept], inputs[name][kept])
+    shares = (is_hidden.sum(dim=1) / is_gene.sum(dim=1)).numpy()
+    # A share that is uniform on (0, 1), not one share for all cells.
+    assert abs(shares.mean() - 0.5) < 0.06
+    assert abs(shares.std() - 12**-0.5) < 0.05
+
+
+def test_a_classifier_of_unfinished_cells_is_trained_on_them(base, tokenizer):
+    plain = fit(made_up(), base, tokenizer, n_epochs=2)
+    noisy = fit(made_up(), base, tokenizer, n_epochs=2, hides_genes=True)
+    assert noisy.history[0]["loss"] != plain.history[0]["loss"]
+    again = fit(made_up(), base, tokenizer, n_epochs=2, hides_genes=True)
+    assert again.history[0]["loss"] == noisy.history[0]["loss"]

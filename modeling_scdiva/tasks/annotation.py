@@ -68,6 +68,8 @@ class AnnotatorSettings:
             least three are there and every type remains. None takes single cells.
         validation_fraction: Share of the cells, about, that validate.
         wanted_accuracy: Accuracy of accepted validation cells that the threshold is chosen for.
+        hides_genes: Train on cells with a random share of their genes hidden, as in pretraining: for a
+            classifier that guides generation (`Steering`) and must judge unfinished cells.
     """
 
     trainable: Trainable = "lora"
@@ -79,6 +81,7 @@ class AnnotatorSettings:
     group_key: str | None = None
     validation_fraction: float = 0.15
     wanted_accuracy: float = 0.95
+    hides_genes: bool = False
 
     def __post_init__(self) -> None:
         if self.class_weights not in ("balanced", None):
@@ -298,8 +301,11 @@ def fit_annotator(
         weights = torch.tensor(len(train) / (len(names) * sizes), dtype=torch.float32)
 
     def make_batch(chosen: np.ndarray, epoch: int) -> dict[str, torch.Tensor]:
-        del epoch  # the same input in every epoch
-        return cells.batch(train[chosen]) | {"labels": torch.from_numpy(codes[train[chosen]])}
+        inputs = cells.batch(train[chosen])
+        if settings.hides_genes:  # otherwise the same input in every epoch
+            rng = np.random.default_rng([arguments.seed, epoch, *chosen.tolist()])
+            inputs = hide_genes(inputs, trained.config, rng)
+        return inputs | {"labels": torch.from_numpy(codes[train[chosen]])}
 
     def validate() -> float:
         logits = predict_logits(trained, cells, validation, batch_size=2 * arguments.batch_size)
@@ -319,6 +325,28 @@ def fit_annotator(
     facts: dict[str, Any] = {"n_train_cells": len(train), "n_validation_cells": len(validation)}
     facts |= {"settings": asdict(settings), "arguments": asdict(arguments)}
     return CellAnnotator(trained.eval(), calibration, history=history, facts=facts)
+
+
+def hide_genes(
+    inputs: dict[str, torch.Tensor], network: Any, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """Hide each gene of a cell with a probability t of the cell's own, t uniform on (0, 1).
+
+    Args:
+        inputs: What `TokenizedCells.batch` returns.
+        network: `ScDivaConfig`.
+        rng: Source of randomness.
+
+    Returns:
+        Inputs with hidden genes and values.
+    """
+    ids = inputs["input_ids"]
+    coins = torch.from_numpy(rng.random(ids.shape) < rng.random((len(ids), 1)))
+    is_hidden = coins & (ids >= network.n_special_tokens)
+    return inputs | {
+        "input_ids": ids.masked_fill(is_hidden, network.mask_token_id),
+        "expression_values": inputs["expression_values"].masked_fill(is_hidden, 0.0),
+    }
 
 
 def validation_score(logits: np.ndarray, codes: np.ndarray) -> float:
