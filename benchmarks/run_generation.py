@@ -209,6 +209,7 @@ def main() -> None:
             tokenizer=tokenizer,
             steps=arguments.steps,
             batch_size=arguments.batch_size,
+            seed=arguments.seed,
         )
     print_result(result)
     figures = result.pop("figures", {})

@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
-from .sampling_scdiva import CellNoise, gene_log_law
+from .rank_bounds_scdiva import rank_bounds
+from .sampling_scdiva import CellNoise, gene_log_law, without_unfit
 from .unmask_scdiva import CellState, Denoiser, UnmaskSettings, excluded_genes, unmask
-from .value_law_scdiva import count_log_prob, counts_from_values
+from .value_law_scdiva import counts_from_values, draw_counts
 
 # Slots whose gene laws are held in memory at once, in float64.
-SLOTS_AT_ONCE = 2048
+SLOTS_AT_ONCE = 512
 DETERMINISTIC_ORDERS = ("rank", "margin", "entropy")
 
 
@@ -62,7 +63,7 @@ class BoundEstimate:
 
 
 @torch.no_grad()
-def estimate_bound(
+def estimate_bound(  # noqa: PLR0913 - cells, and how to estimate
     state: CellState,
     denoiser: Denoiser,
     noise: CellNoise,
@@ -71,6 +72,7 @@ def estimate_bound(
     rows_at_once: int = 32,
     is_stratified: bool = True,
     with_values: bool = True,
+    rank_consistent: bool = False,
     on_rows: Callable[[int], Any] | None = None,
 ) -> BoundEstimate:
     """Estimate the bound on the negative log-likelihood of cells, given their lengths.
@@ -83,6 +85,7 @@ def estimate_bound(
         rows_at_once: Masked cells in one network call.
         is_stratified: Draw k from strata; independent draws are for comparison.
         with_values: Score counts, too; needs ``size_factors``.
+        rank_consistent: See `masked_nats`.
         on_rows: Called after each call with its number of masked cells.
 
     Returns:
@@ -111,7 +114,13 @@ def estimate_bound(
             is_gene.repeat(len(now), 1)
         )
         cells = rows.repeat(len(now))
-        genes, values, where = masked_nats(state.select(cells), is_hidden, denoiser, with_values=with_values)
+        genes, values, where = masked_nats(
+            state.select(cells),
+            is_hidden,
+            denoiser,
+            with_values=with_values,
+            rank_consistent=rank_consistent,
+        )
         weight = lengths[cells].double() / n_hidden.flatten().clamp(min=1)
         for total, nats in ((gene_nats, genes), (value_nats, values)):
             sums = torch.zeros(len(cells), dtype=torch.float64, device=nats.device)
@@ -126,7 +135,12 @@ def estimate_bound(
 
 
 def masked_nats(
-    clean: CellState, is_hidden: torch.Tensor, denoiser: Denoiser, *, with_values: bool = True
+    clean: CellState,
+    is_hidden: torch.Tensor,
+    denoiser: Denoiser,
+    *,
+    with_values: bool = True,
+    rank_consistent: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Score the true genes and counts of hidden slots.
 
@@ -135,6 +149,7 @@ def masked_nats(
         is_hidden: (B, S) bool, genes to hide.
         denoiser: Says what could stand there.
         with_values: Score counts, too.
+        rank_consistent: Leave out genes and counts that the visible neighbours' scores do not allow.
 
     Returns:
         (m,) float64 nats of the genes, (m,) of their counts (zeros without), and cell and position of each.
@@ -149,16 +164,25 @@ def masked_nats(
     cells, places = is_hidden.nonzero(as_tuple=True)
     genes = clean.input_ids[cells, places]
     is_excluded = excluded_genes(masked, denoiser)
+    bounds = rank_bounds(masked, denoiser, rank_consistent=rank_consistent)
+    unfit = None if bounds is None else bounds.unfit(cells, places)
     gene_nats = torch.zeros(len(cells), dtype=torch.float64, device=cells.device)
     for some in torch.arange(len(cells), device=cells.device).split(SLOTS_AT_ONCE):
-        law = gene_log_law(denoiser.gene_logits(encoded, cells[some], places[some]), is_excluded[cells[some]])
+        logits = denoiser.gene_logits(encoded, cells[some], places[some])
+        is_out = is_excluded[cells[some]]
+        if unfit is not None:
+            is_out = without_unfit(logits, is_out, unfit(some))
+        law = gene_log_law(logits, is_out)
         gene_nats[some] = -law.gather(1, genes[some].unsqueeze(1)).squeeze(1)
     value_nats = torch.zeros_like(gene_nats)
     if with_values and clean.size_factors is not None:
         factors = clean.size_factors.double()[cells]
         counts = counts_from_values(clean.expression_values[cells, places], factors)
         location, scale = denoiser.value_law(encoded, cells, places, genes)
-        value_nats = -count_log_prob(counts, factors, location.double(), scale.double())
+        ends = torch.ones_like(factors), torch.full_like(factors, torch.inf)
+        if bounds is not None:
+            ends = bounds.counts(cells, places, genes, factors)
+        value_nats = -draw_counts(counts, factors, location, scale, *ends, targets=counts)[1]
     return gene_nats, value_nats, (cells, places)
 
 

@@ -79,6 +79,10 @@ class ScDivaConfig(PreTrainedConfig):
             the variational bound on genes and counts, which needs exclude_visible_genes and raw counts.
         expression_loss_weight: Weight of the expression loss beside the gene loss.
         exclude_visible_genes: Give genes that are visible in a cell probability zero at its masked positions.
+        exclude_unfit_genes: Give genes of which no whole count fits between the ranking scores of a masked
+            position's visible neighbours probability zero in the loss, and counts that do not fit as well:
+            the arithmetic of the sort is then given, not learnt. Needs objective="elbo" and
+            value_head="gene".
         value_head: "scalar" predicts a value from the position alone, "gene" from the position and the gene.
         latent_loss_weight: Weight of the loss of the gene-query decoder, which predicts any gene from the
             cell embedding; 0 leaves the decoder out of the network.
@@ -132,6 +136,7 @@ class ScDivaConfig(PreTrainedConfig):
     objective: Literal["paper", "elbo"] = "paper"
     expression_loss_weight: float | int = 10.0
     exclude_visible_genes: bool = False
+    exclude_unfit_genes: bool = False
     value_head: Literal["scalar", "gene"] = "scalar"
     latent_loss_weight: float | int = 0.0
     normalize_embeddings: bool = False
@@ -204,6 +209,12 @@ class ScDivaConfig(PreTrainedConfig):
             msg = (
                 'objective="elbo" is a bound on cells in which a gene occurs once: set '
                 "exclude_visible_genes=True, got False."
+            )
+            raise ValueError(msg)
+        if self.exclude_unfit_genes and (self.objective, self.value_head) != ("elbo", "gene"):
+            msg = (
+                "exclude_unfit_genes reads counts and gene weights: set objective='elbo' and "
+                f"value_head='gene', got {self.objective!r} and {self.value_head!r}."
             )
             raise ValueError(msg)
         self._validate_special_tokens()

@@ -12,7 +12,8 @@ from torch import nn
 from .diffusion_scdiva import gene_query_loss, masked_expression_loss, per_cell_mean, visible_gene_mask
 from .layers_scdiva import ScDivaGeneQueryDecoder, ScDivaGeneTransform, ScDivaValueHead
 from .pretrained_scdiva import PositionMasks, ScDivaPreTrainedModel
-from .value_law_scdiva import count_log_prob, counts_from_values, fixed_scale
+from .rank_bounds_scdiva import RankBounds, ShownCells
+from .value_law_scdiva import count_log_prob, counts_from_values, draw_counts, fixed_scale
 
 
 class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
@@ -259,12 +260,38 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
         log_odds, predictions = self.decode_genes(cell_embeddings, query_ids)
         return gene_query_loss(log_odds, predictions, query_labels, is_query, query_log_ratio)
 
+    def _rank_bounds(
+        self,
+        input_ids: torch.Tensor | None,
+        expression_values: torch.Tensor | None,
+        size_factors: torch.Tensor | None,
+        masks: PositionMasks,
+    ) -> RankBounds | None:
+        """Find what the visible neighbours leave possible at hidden positions.
+
+        Returns:
+            The bounds; None for a network that does not use them.
+
+        Raises:
+            ValueError: If it does, and tokens, values or size factors are missing.
+        """
+        if not self.config.exclude_unfit_genes:
+            return None
+        if input_ids is None or expression_values is None or size_factors is None:
+            msg = "exclude_unfit_genes needs input_ids, expression_values and size_factors for the losses."
+            raise ValueError(msg)
+        shown = ShownCells(input_ids, expression_values, masks.is_attended, masks.is_hidden, size_factors)
+        return RankBounds(shown, self.config.n_special_tokens, self.value_head.gene_weights)
+
     def _expression_loss(
         self,
         law: tuple[torch.Tensor, torch.Tensor | None],
         expression_labels: torch.Tensor,
         size_factors: torch.Tensor | None,
         masks: PositionMasks,
+        *,
+        labels: torch.Tensor | None = None,
+        bounds: RankBounds | None = None,
     ) -> torch.Tensor:
         """Judge the laws (B, S) of the values at the hidden positions by the true values (B, S).
 
@@ -288,8 +315,13 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
             raise ValueError(msg)
         row_factors = size_factors[rows[0]]
         counts = counts_from_values(expression_labels[rows], row_factors).clamp(min=1.0)
-        nats = -count_log_prob(counts, row_factors, location[rows], scale[rows])
-        return per_cell_mean(nats, rows[0], n_cells)
+        if bounds is None or labels is None:
+            nats = -count_log_prob(counts, row_factors, location[rows], scale[rows])
+        else:
+            cells, places = rows
+            ends = bounds.counts(cells, places, labels[rows].clamp(min=0), row_factors.double())
+            nats = -draw_counts(counts, row_factors, location[rows], scale[rows], *ends, targets=counts)[1]
+        return per_cell_mean(nats.to(location.dtype), rows[0], n_cells)
 
     def _mean_losses(
         self, cell_losses: dict[str, torch.Tensor | None], loss_weight: torch.Tensor | None

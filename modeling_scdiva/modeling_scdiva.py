@@ -238,11 +238,19 @@ class ScDivaForMaskedDiffusion(ScDivaGenerationMixin, ScDivaLikelihoodMixin, ScD
 
         # 3. Losses: first over the positions of a cell, then over the cells.
         cell_losses = dict.fromkeys(("gene", "expression", "latent"))  # (B,) each
+        bounds = None
         if labels is not None:
+            bounds = self._rank_bounds(input_ids, expression_values, size_factors, masks)
+            unfit = None if bounds is None else bounds.unfit(rows[0], rows[1])
+            if unfit is not None:
+                is_unfit = unfit(torch.arange(len(rows[0]), device=row_logits.device))
+                row_logits = row_logits.masked_fill(is_unfit, -torch.inf)
             self._refuse_impossible_labels(row_logits, labels[rows])
             cell_losses["gene"] = masked_gene_loss(row_logits, labels[rows], rows[0], n_cells)
         if expression_labels is not None:
-            cell_losses["expression"] = self._expression_loss(law, expression_labels, size_factors, masks)
+            cell_losses["expression"] = self._expression_loss(
+                law, expression_labels, size_factors, masks, labels=labels, bounds=bounds
+            )
         queries = (query_ids, query_labels, query_log_ratio)
         cell_losses["latent"] = self._latent_loss(hidden_states[:, 0], *queries)
         return ScDivaMaskedDiffusionOutput(

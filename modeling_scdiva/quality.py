@@ -57,7 +57,7 @@ def with_quality_head(model: ScDivaForMaskedDiffusion, *, seed: int = 0) -> ScDi
         seed: Of the head's weights; the global generator is left as it was.
 
     Returns:
-        The same network on the same device, with a head.
+        The same network on the same device and in the same mode, with a head.
 
     Raises:
         ValueError: If it has one.
@@ -65,17 +65,15 @@ def with_quality_head(model: ScDivaForMaskedDiffusion, *, seed: int = 0) -> ScDi
     if model.quality_head is not None:
         msg = "This model has a quality head already."
         raise ValueError(msg)
-    config = copy.deepcopy(model.config)
-    config.quality_head = True
+    # A copy keeps modes and the exact rotary frequencies, which a cast of a fresh model would round.
+    twin = copy.deepcopy(model)
+    twin.config.quality_head = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        twin: Any = ScDivaForMaskedDiffusion(config)
-    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
-    if unexpected or {name.split(".")[0] for name in missing} != {"quality_head"}:
-        msg = f"The copy differs from the model: missing {missing}, unexpected {unexpected}."
-        raise ValueError(msg)
-    twin.generation_config = copy.deepcopy(model.generation_config)
-    return twin.to(device=model.device, dtype=model.dtype)
+        head = nn.Linear(model.config.hidden_size, 1)
+        twin._init_weights(head)
+    twin.quality_head = head.to(device=model.device, dtype=model.dtype)
+    return twin
 
 
 def train_quality_head(

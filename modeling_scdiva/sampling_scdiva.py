@@ -15,10 +15,12 @@ Source: METHOD.md section 5.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+# (k,) indices of slots -> (k, V) bool, genes that cannot stand there.
+UnfitGenes = Callable[[torch.Tensor], torch.Tensor]
 ORDERS = ("random", "rank", "margin", "entropy")
 SCHEDULES = ("linear", "cosine")
 
@@ -221,7 +223,7 @@ def invert_law(log_law: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, levels, right=True).squeeze(1)
 
 
-def draw_genes(
+def draw_genes(  # noqa: PLR0913 - slots, what limits them, and how to draw
     logits: torch.Tensor,
     cells: torch.Tensor,
     turns: torch.Tensor,
@@ -229,6 +231,7 @@ def draw_genes(
     uniforms: torch.Tensor,
     *,
     targets: torch.Tensor | None = None,
+    unfit: UnfitGenes | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,6 +244,7 @@ def draw_genes(
         is_excluded: (B, V) bool, genes that cells have before the step.
         uniforms: (n,) float64 in [0, 1).
         targets: (n,) int64 genes to take instead of drawing, for the likelihood of a given cell.
+        unfit: Says which genes cannot stand at slots; a slot where no other gene is left does without.
         temperature: See `gene_log_law`.
         top_p: See `gene_log_law`.
 
@@ -252,11 +256,30 @@ def draw_genes(
     log_probs = torch.zeros(len(cells), dtype=torch.float64, device=logits.device)
     for turn in range(int(turns.max()) + 1 if len(turns) else 0):
         now = (turns == turn).nonzero().squeeze(1)
-        law = gene_log_law(logits[now], is_excluded[cells[now]], temperature=temperature, top_p=top_p)
+        is_out = is_excluded[cells[now]]
+        if unfit is not None:
+            is_out = without_unfit(logits[now], is_out, unfit(now))
+        law = gene_log_law(logits[now], is_out, temperature=temperature, top_p=top_p)
         drawn = invert_law(law, uniforms[now]) if targets is None else targets[now]
         genes[now], log_probs[now] = drawn, law.gather(1, drawn.unsqueeze(1)).squeeze(1)
         is_excluded[cells[now], drawn] = True
     return genes, log_probs
+
+
+def without_unfit(logits: torch.Tensor, is_excluded: torch.Tensor, is_unfit: torch.Tensor) -> torch.Tensor:
+    """Exclude genes that cannot stand at a slot, unless that would leave none.
+
+    Args:
+        logits: (n, V), -inf at special tokens.
+        is_excluded: (n, V) bool, genes the cell has already.
+        is_unfit: (n, V) bool, genes that cannot stand there.
+
+    Returns:
+        (n, V) bool.
+    """
+    is_out = is_excluded | is_unfit
+    has_none = (is_out | logits.isneginf()).all(dim=1, keepdim=True)
+    return torch.where(has_none, is_excluded, is_out)
 
 
 def law_certainty(log_law: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,6 +321,7 @@ __all__ = [
     "ORDERS",
     "SCHEDULES",
     "CellNoise",
+    "UnfitGenes",
     "choose_slots",
     "draw_genes",
     "gene_log_law",
@@ -308,4 +332,5 @@ __all__ = [
     "n_remasked",
     "neighbour_scores",
     "slot_priority",
+    "without_unfit",
 ]

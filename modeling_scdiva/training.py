@@ -182,6 +182,7 @@ def pretrain(
     """
     _refuse_unsupported(accelerator)
     _refuse_idle_decoder(model, train_loader)
+    _refuse_corrupted_depth(model, train_loader)
     output_dir = Path(output_dir)
     found = latest_checkpoint(output_dir)
     if found is not None and not resume:
@@ -259,6 +260,16 @@ def _refuse_unsupported(accelerator: Accelerator) -> None:
         msg = (
             f"{accelerator.distributed_type.value} is not supported: checkpoints here hold whole weights. "
             "Launch with plain data parallelism (accelerate launch --multi_gpu)."
+        )
+        raise ValueError(msg)
+
+
+def _refuse_corrupted_depth(model: ScDivaForMaskedDiffusion, train_loader: DataLoader) -> None:
+    depth_corruption = getattr(train_loader.collate_fn, "depth_corruption", "none")
+    if model.config.exclude_unfit_genes and depth_corruption != "none":
+        msg = (
+            "exclude_unfit_genes compares the values in sight with whole counts of the clean cell; corrupted "
+            f"values do not fit. Set depth_corruption='none', got {depth_corruption!r}."
         )
         raise ValueError(msg)
 

@@ -7,7 +7,7 @@ sampled: the network, and in tests a table of all cells whose law is known.
 Notable choices:
 - A cell that is finished, or that a step leaves as it is, is not computed again: the network knows no time.
 - Values are drawn with their gene from the same call, as whole counts between those that the ranking scores
-  of the visible neighbours allow.
+  of the visible neighbours allow; a gene without such a count is not drawn.
 - With targets instead of draws the same loop gives the exact likelihood of a cell under the sampler.
 
 Dimensions: B cells in a loader batch, S positions, V vocabulary, D width, K conditions, n slots of one step.
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from .diffusion_scdiva import visible_gene_mask
+from .rank_bounds_scdiva import RankBounds, rank_bounds
 from .sampling_scdiva import (
     CellNoise,
     choose_slots,
@@ -30,8 +31,8 @@ from .sampling_scdiva import (
     law_certainty,
     n_entropy_bounded,
     n_remasked,
-    neighbour_scores,
     slot_priority,
+    without_unfit,
 )
 from .value_law_scdiva import counts_from_values, draw_counts, values_from_counts
 
@@ -40,7 +41,7 @@ N_STREAMS = 5
 # Without molecules per cell values are drawn on a lattice this fine, which is as good as none.
 FINE_LATTICE = 2.0**20
 # Slots whose gene laws are held in memory at once where all laws of a cell are read.
-SLOTS_AT_ONCE = 2048
+SLOTS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class _Step:
     encoded: torch.Tensor
     n_left: torch.Tensor  # (B,) slots that the schedule leaves hidden
     n_again: torch.Tensor  # (B,) drawn genes to hide again
+    bounds: RankBounds | None = None  # what visible neighbours leave possible
 
 
 @torch.no_grad()
@@ -197,6 +199,7 @@ def unmask(
         if steer is not None:
             parents = steer(current.state, current.encoded, rows)
             _take_places(out, current, parents)
+        current.bounds = rank_bounds(current.state, denoiser, rank_consistent=settings.rank_consistent)
         cells, places, turns = _choose(current, denoiser, settings)
         gene_ids, gene_nats = _draw_slot_genes(current, denoiser, settings, cells, places, turns, targets)
         values, value_nats = _draw_values(current, denoiser, settings, cells, places, gene_ids, targets)
@@ -312,10 +315,14 @@ def _slot_certainty(
     margin = torch.ones_like(entropy)
     is_excluded = excluded_genes(current.state, denoiser)
     cells, places = is_gene_hidden.nonzero(as_tuple=True)
+    unfit = None if current.bounds is None else current.bounds.unfit(cells, places)
     for start in range(0, len(cells), SLOTS_AT_ONCE):
         some = slice(start, start + SLOTS_AT_ONCE)
         logits = denoiser.gene_logits(current.encoded, cells[some], places[some])
-        law = gene_log_law(logits, is_excluded[cells[some]])
+        is_out = is_excluded[cells[some]]
+        if unfit is not None:
+            is_out = without_unfit(logits, is_out, unfit(torch.arange(len(cells), device=cells.device)[some]))
+        law = gene_log_law(logits, is_out)
         entropy[cells[some], places[some]], margin[cells[some], places[some]] = law_certainty(law)
     return entropy, margin
 
@@ -342,6 +349,7 @@ def _draw_slot_genes(
             excluded_genes(current.state, denoiser),
             current.noise[1, cell, place],
             targets=None if targets is None else targets.input_ids[current.rows[cell], place],
+            unfit=None if current.bounds is None else current.bounds.unfit(cell, place),
             temperature=settings.temperature,
             top_p=settings.top_p,
         )
@@ -364,13 +372,8 @@ def _draw_values(
     fine = torch.full((len(state.input_ids),), FINE_LATTICE, dtype=torch.float64, device=cells.device)
     factors = (fine if state.size_factors is None else state.size_factors.double())[cells]
     fewest, most = torch.ones_like(factors), torch.full_like(factors, torch.inf)
-    if settings.rank_consistent and denoiser.ranking_weights is not None:
-        weights = denoiser.ranking_weights.double()
-        is_shown = state.attention_mask & ~state.is_masked & (state.input_ids >= denoiser.n_special_tokens)
-        lowest, highest = neighbour_scores(state.expression_values / weights[state.input_ids], is_shown)
-        fewest, most = count_range(
-            lowest[cells, places] * weights[gene_ids], highest[cells, places] * weights[gene_ids], factors
-        )
+    if current.bounds is not None:
+        fewest, most = current.bounds.counts(cells, places, gene_ids, factors)
     counts = None
     if targets is not None:
         counts = counts_from_values(targets.expression_values[current.rows[cells], places], factors)
@@ -384,26 +387,6 @@ def _draw_values(
         targets=counts,
     )
     return values_from_counts(counts, factors).float(), nats
-
-
-def count_range(
-    lowest: torch.Tensor, highest: torch.Tensor, size_factors: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Say which counts give a value between two values.
-
-    Args:
-        lowest: (n,) float64 values, log1p units.
-        highest: (n,) float64 values, may be inf.
-        size_factors: (n,) float64 molecules of the cell / target_sum.
-
-    Returns:
-        (n,) fewest and (n,) most counts, both at least 1. Where no count fits, both are the one below
-        ``highest``.
-    """
-    slack = 1e-6  # stored values are float32
-    most = (highest.expm1() * size_factors * (1.0 + slack) + slack).floor().clamp(min=1.0)
-    fewest = (lowest.expm1() * size_factors * (1.0 - slack) - slack).ceil().clamp(min=1.0)
-    return torch.minimum(fewest, most), most
 
 
 def _choose_again(
@@ -454,7 +437,6 @@ __all__ = [
     "Denoiser",
     "UnmaskSettings",
     "UnmaskedCells",
-    "count_range",
     "excluded_genes",
     "unmask",
 ]

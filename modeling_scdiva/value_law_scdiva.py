@@ -22,6 +22,9 @@ import math
 import torch
 from torch import nn
 
+# More molecules than any cell holds.
+MOST_MOLECULES = 1e12
+
 
 def fixed_scale(expression_loss_weight: float) -> float:
     """Give the logistic scale that a squared error of some weight stands for.
@@ -160,6 +163,7 @@ def draw_counts(
     size_factors, location, scale = size_factors.double(), location.double(), scale.double()
     is_drawn = scale > 0
     safe_scale = torch.where(is_drawn, scale, 1.0)
+    most = most.clamp(max=MOST_MOLECULES)  # an infinite end has no gradient
     lower = (((fewest - 0.5) / size_factors).log1p() - location) / safe_scale
     upper = (((most + 0.5) / size_factors).log1p() - location) / safe_scale
     counts = targets

@@ -103,8 +103,7 @@ def evaluate_guidance(
         )
         parts.append(drawn["gene marginals"])
         parts[-1].obs["asked"] = name
-    marginals = anndata.concat(parts)
-    marginals.obs_names_make_unique()
+    marginals = anndata.concat(parts, index_unique="-")
     scores = reader.scores(kept_profile(marginals, tokenizer)[0], marginals.obs["asked"].to_numpy())
     baselines.append({"data": condition, "method": "gene marginals of the type", **scores})
     return {

@@ -285,7 +285,7 @@ def masked_scores(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> 
     for batch in batches:
         inputs = {name: entries.to(model.device) for name, entries in batch.items() if name != "timestep"}
         labels, targets = inputs["labels"], inputs["expression_labels"]
-        outputs = model(**inputs)
+        outputs = model(**inputs, output_all_logits=False)
         where = (labels != -100).nonzero(as_tuple=True)
         hits = (outputs.logits.argmax(dim=1) == labels[where]).double()
         squares = (outputs.expression_predictions - targets)[where].double().square()

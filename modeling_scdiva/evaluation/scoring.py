@@ -65,7 +65,8 @@ def evaluate_scoring(
         name: Of the data, for the table.
         max_test_cells: Normal cells, and spoilt cells of each kind.
         seed: Of splits, spoilt cells and hidden genes.
-        others: Further kinds of abnormal cells, name -> AnnData, such as cells of another study.
+        others: Further kinds of abnormal cells, name -> AnnData, such as cells of another study; seen through
+            the genes of ``adata``.
         **estimation: ``n_draws`` and ``batch_size`` of `score_cells`.
 
     Returns:
@@ -83,7 +84,8 @@ def evaluate_scoring(
     n_test = min(max_test_cells, cells.n_obs // 2)
     normal, training = cells[np.sort(order[:n_test])].copy(), cells[np.sort(order[n_test:])].copy()
     kinds = spoilt_cells(normal, rng) | {
-        kind: vocabulary_cells(other, tokenizer)[:n_test].copy() for kind, other in (others or {}).items()
+        kind: vocabulary_cells(other, tokenizer, like=cells)[:n_test].copy()
+        for kind, other in (others or {}).items()
     }
     detectors = {
         "depth, both sides": DepthDetector(training.X),
@@ -102,8 +104,9 @@ def evaluate_scoring(
     }
     scored = {kind: _all_scores(group, detectors, how) for kind, group in {"": normal, **kinds}.items()}
     rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    for kind, group in kinds.items():
-        is_paired = group.n_obs == n_test and kind not in (others or {}) and not kind.startswith("doublets")
+    for kind in kinds:
+        is_whole = len(scored[kind][PER_CELL]) == n_test  # none was left out
+        is_paired = is_whole and kind not in (others or {}) and kind != "doublets"
         for method, scores in scored[kind].items():
             row = detection_scores(scored[""][method], scores, is_paired=is_paired, seed=seed)
             named = {"data": f"{name}: {kind}", "method": method} | row
@@ -121,20 +124,29 @@ def evaluate_scoring(
     }
 
 
-def vocabulary_cells(adata: anndata.AnnData, tokenizer: Any) -> anndata.AnnData:
+def vocabulary_cells(
+    adata: anndata.AnnData, tokenizer: Any, *, like: anndata.AnnData | None = None
+) -> anndata.AnnData:
     """Cut cells to the genes the model reads; their library sizes become those of these genes.
 
     Args:
         adata: AnnData with raw counts.
         tokenizer: Tokenizer of the model.
+        like: Cells cut already, whose genes to take, in their order; genes that ``adata`` lacks are silent.
 
     Returns:
         AnnData of counts over the known genes, cells without any of them left out.
     """
-    match = tokenizer.match_genes(adata)
-    is_known = np.asarray(match.token_ids) >= 0
-    counts = whole_counts(adata)[:, np.flatnonzero(is_known)]
-    kept = anndata.AnnData(csr_matrix(counts), obs=adata.obs.copy(), var=adata.var[is_known].copy())
+    layer = "counts" if "counts" in adata.layers else "X"
+    tokens = np.asarray(tokenizer.match_genes(adata, layer=layer).token_ids)
+    columns, var = np.flatnonzero(tokens >= 0), adata.var[tokens >= 0]
+    places = np.arange(len(columns))
+    if like is not None:
+        wanted, var = np.asarray(tokenizer.match_genes(like).token_ids), like.var
+        _, columns, places = np.intersect1d(tokens, wanted, return_indices=True)
+    chosen = csr_matrix((np.ones(len(places)), (columns, places)), shape=(len(tokens), len(var)))
+    counts = csr_matrix(whole_counts(adata, layer=layer) @ chosen).astype(np.float32)
+    kept = anndata.AnnData(counts, obs=adata.obs.copy(), var=var.copy())
     return kept[np.asarray(counts.sum(axis=1)).ravel() > 0].copy()
 
 

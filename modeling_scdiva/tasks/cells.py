@@ -98,7 +98,13 @@ class TokenizedCells:
 
         Returns:
             All cells.
+
+        Raises:
+            ValueError: If none would be kept.
         """
+        if max_genes < 1:
+            msg = f"max_genes must be at least 1, got {max_genes}."
+            raise ValueError(msg)
         lengths = self.n_genes
         places = np.arange(lengths.sum()) - np.repeat(self.offsets[:-1], lengths)
         is_kept = places < max_genes

@@ -14,6 +14,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 
@@ -272,13 +273,13 @@ def _drawn_sizes(
     Raises:
         ValueError: If there is no law and no number of genes.
     """
-    sizes = None if library_size is None else np.broadcast_to(np.asarray(library_size, float), (n_cells,))
-    lengths = None if n_genes is None else np.broadcast_to(np.asarray(n_genes, np.int64), (n_cells,))
+    sizes = _per_cell("library_size", library_size, n_cells, np.float64)
+    lengths = _per_cell("n_genes", n_genes, n_cells, np.int64)
     if settings.size_law is None:
         if lengths is None:
             msg = (
-                "This checkpoint has no law of cell sizes. Pass n_genes (and library_size for counts), or "
-                "like=AnnData of real cells to take sizes from."
+                "This checkpoint has no law of cell sizes. Pass n_genes; for new cells library_size (for "
+                "counts), or like=AnnData of real cells to take both from."
             )
             raise ValueError(msg)
         return sizes, lengths
@@ -287,6 +288,24 @@ def _drawn_sizes(
     uniforms = np.random.default_rng(settings.seed).random((n_cells, 3))
     drawn, depths = draw_sizes(settings.size_law, uniforms, n_genes=lengths, library_sizes=sizes)
     return depths, drawn
+
+
+def _per_cell(name: str, given: Any, n_cells: int, dtype: Any) -> np.ndarray | None:
+    """Give every cell its number.
+
+    Returns:
+        (N,) numbers, or None.
+
+    Raises:
+        ValueError: If it is neither one number nor (N,).
+    """
+    if given is None:
+        return None
+    numbers = np.asarray(given, dtype)
+    if numbers.shape not in ((), (n_cells,)):
+        msg = f"{name} must be one number, or one for each of {n_cells} cells, got shape {numbers.shape}."
+        raise ValueError(msg)
+    return np.array(np.broadcast_to(numbers, (n_cells,)))
 
 
 def condition_ids_of(
@@ -346,7 +365,8 @@ def _as_anndata(
         adata.layers["is_generated"] = drawn
     adata.obs["is_generated"] = True
     for name, entries in columns.items():
-        adata.obs[name] = entries
+        if not np.all(pd.isna(entries)):  # a condition that no cell has is no column
+            adata.obs[name] = entries if np.ndim(entries) == 0 else list(entries)
     if library_size is not None:
         adata.obs["library_size"] = np.asarray(library_size, dtype=np.float64)
     adata.obs["gene_log_prob"] = made.gene_log_prob.cpu().numpy()

@@ -26,6 +26,9 @@ from modeling_scdiva.tasks.cells import (
 )
 from modeling_scdiva.tasks.reconstruction import check_diffusion_model
 
+# Options that say how to estimate; the others say how to read the AnnData.
+ESTIMATION = ("seed", "show_progress", "rank_consistent")
+
 
 def score_cells(
     adata: Any,
@@ -49,8 +52,8 @@ def score_cells(
         n_draws: Network calls per cell; 128 give about 0.02 nats per token.
         batch_size: Masked cells in one call.
         genes_only: Leave the counts out; needed for values that are no counts.
-        **options: ``seed`` and ``show_progress``, and how to read the AnnData, as in
-            `ScDivaTokenizer.iter_cells`.
+        **options: ``seed``, ``show_progress`` and ``rank_consistent`` of `compute_nll` (True unless genes
+            have a random order), and how to read the AnnData, as in `ScDivaTokenizer.iter_cells`.
 
     Returns:
         DataFrame on ``adata.obs_names``: ``scdiva_nll`` (nats per cell), ``scdiva_nll_per_token``,
@@ -58,7 +61,7 @@ def score_cells(
         ``scdiva_length_nll`` (NaN where left out), ``scdiva_n_tokens``, ``scdiva_n_genes_detected``,
         ``scdiva_library_size`` and ``scdiva_is_truncated``. Assign it: ``adata.obs = adata.obs.join(...)``.
     """
-    estimation = {name: options.pop(name) for name in ("seed", "show_progress") if name in options}
+    estimation = {name: options.pop(name) for name in ESTIMATION if name in options}
     cells, detected = _read(adata, model, tokenizer, options)
     scored = _score(
         cells,
@@ -111,9 +114,10 @@ def gene_surprisal(
 
     Returns:
         (N, V - special tokens) CSR float32 mean nats, in the order of ``tokenizer.vocabulary.gene_ids``
-        behind the special ones; stored for the gene tokens of each cell only.
+        behind the special ones; stored for the gene tokens of each cell only, NaN where so few draws never
+        hid the gene.
     """
-    estimation = {name: options.pop(name) for name in ("seed", "show_progress") if name in options}
+    estimation = {name: options.pop(name) for name in ESTIMATION if name in options}
     cells, _ = _read(adata, model, tokenizer, options)
     scored = _score(
         cells,
@@ -131,7 +135,7 @@ def gene_surprisal(
     is_gene = np.arange(width) < cells.n_genes[:, None]
     n_special = tokenizer.vocabulary.n_special_tokens
     shape = (cells.n_cells, tokenizer.vocab_size - n_special)
-    entries = np.nan_to_num(nats[is_gene]).astype(np.float32)
+    entries = nats[is_gene].astype(np.float32)
     return csr_matrix((entries, cells.token_ids - n_special, cells.offsets), shape=shape)
 
 
@@ -171,7 +175,7 @@ def score_labels(
         names = ", ".join(repr(name) for name in known if name != LIBRARY_SIZE) or "none"
         msg = f"The network has no labels of the condition {condition!r}. Conditions with labels: {names}."
         raise KeyError(msg)
-    estimation = {name: options.pop(name) for name in ("seed", "show_progress") if name in options}
+    estimation = {name: options.pop(name) for name in ESTIMATION if name in options}
     cells, _ = _read(adata, model, tokenizer, options)
     labels = list(known[condition]) if labels is None else list(labels)
     nats = []
@@ -198,8 +202,9 @@ def _read(
     refuse_path(adata)
     check_diffusion_model(model)
     check_vocabulary(model, tokenizer)
-    whole = read_cells(adata, tokenizer=tokenizer, **({"max_genes": tokenizer.vocab_size} | reading))
-    return whole.cut(tokenizer.max_genes), whole.n_genes
+    limit = reading.pop("max_genes", None)
+    whole = read_cells(adata, tokenizer=tokenizer, max_genes=tokenizer.vocab_size, **reading)
+    return whole.cut(tokenizer.max_genes if limit is None else limit), whole.n_genes
 
 
 def _score(
@@ -219,6 +224,11 @@ def _score(
         msg = f"Conditions came ({', '.join(conditions)}), and this checkpoint was trained without any."
         raise ValueError(msg)
     factors = None if sizes is None else torch.from_numpy(sizes / tokenizer.target_sum)
+    estimation.setdefault("rank_consistent", tokenizer.gene_order != "random")
     return model.compute_nll(
-        **cells.batch(np.arange(cells.n_cells)), size_factors=factors, condition_ids=ids, **estimation
+        **cells.batch(np.arange(cells.n_cells)),
+        size_factors=factors,
+        condition_ids=ids,
+        ranking_weights=tokenizer.ranking_weights,
+        **estimation,
     )
