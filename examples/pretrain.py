@@ -21,11 +21,16 @@ import transformers
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from modeling_scdiva import ScDivaConfig
+from modeling_scdiva import ScDivaConfig, ScDivaForMaskedDiffusion
 from modeling_scdiva.fresh_model import fresh_model, take_weights
 from modeling_scdiva.training import PretrainingArguments, pretrain
 from tokenization_scdiva import ScDivaTokenizer, corpus_loader
 from tokenization_scdiva.corpus import corpus_conditions, read_manifest
+
+RUN_NUMBERS = (
+    "gradient_accumulation_steps", "learning_rate", "ema_decay", "seed", "log_every", "eval_every",
+    "save_every", "keep_checkpoints",
+)  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,12 +69,8 @@ def parse_arguments() -> argparse.Namespace:
         help="genes a cell is asked for, with latent_loss_weight > 0",
     )
     parser.add_argument("--log_every", type=int, default=10, help="steps between log lines")
-    parser.add_argument(
-        "--eval_every", type=int, default=500, help="steps between evaluations; 0: at the end"
-    )
-    parser.add_argument(
-        "--save_every", type=int, default=500, help="steps between checkpoints; 0: at the end"
-    )
+    parser.add_argument("--eval_every", type=int, default=500, help="steps between evaluations; 0: at end")
+    parser.add_argument("--save_every", type=int, default=500, help="steps between checkpoints; 0: at end")
     parser.add_argument("--keep_checkpoints", type=int, default=2, help="checkpoints that stay on disk")
     parser.add_argument("--num_workers", type=int, default=0, help="loader processes per training process")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="trade time for memory")
@@ -77,6 +78,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--report_to", choices=["none", "tensorboard"], default="none")
     parser.add_argument("--seed", type=int, default=0, help="of weights, cells, masks and dropout")
     return parser.parse_args()
+
+
+def make_model(
+    args: argparse.Namespace, tokenizer: ScDivaTokenizer, accelerator: Accelerator
+) -> ScDivaForMaskedDiffusion:
+    """Make the network, with the conditions that were named and the weights of a checkpoint if one was."""
+    network = json.loads(args.config.read_text("utf-8"))
+    if args.conditions:
+        network["conditions"] = corpus_conditions(args.corpus, args.conditions)
+    model = fresh_model(network, tokenizer, seed=args.seed)
+    if args.init_checkpoint and not args.resume:
+        fresh = take_weights(model, args.init_checkpoint)
+        accelerator.print(f"Starting from {args.init_checkpoint}; random: {', '.join(fresh) or 'nothing'}.")
+    return model
 
 
 def make_loaders(
@@ -118,12 +133,7 @@ def main() -> None:
     read_manifest(args.corpus)  # first, because its message says what is wrong with the folder
     tokenizer = ScDivaTokenizer.from_pretrained(args.tokenizer or args.corpus / "tokenizer")
 
-    network = json.loads(args.config.read_text("utf-8"))
-    network["conditions"] = corpus_conditions(args.corpus, args.conditions) or None
-    model = fresh_model(network, tokenizer, seed=args.seed)
-    if args.init_checkpoint and not args.resume:
-        fresh = take_weights(model, args.init_checkpoint)
-        accelerator.print(f"Starting from {args.init_checkpoint}; random: {', '.join(fresh) or 'nothing'}.")
+    model = make_model(args, tokenizer, accelerator)
     loaders = make_loaders(args, tokenizer, accelerator, model.config)
     size_law = loaders["train"].dataset.size_law(tokenizer.max_genes)
     model.generation_config = model.generation_config.updated(size_law=size_law)
@@ -147,15 +157,7 @@ def main() -> None:
         train_loader=loaders["train"],
         eval_loader=loaders.get("validation"),
         arguments=PretrainingArguments(
-            n_steps=n_steps,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            learning_rate=args.learning_rate,
-            ema_decay=args.ema_decay,
-            seed=args.seed,
-            log_every=args.log_every,
-            eval_every=args.eval_every,
-            save_every=args.save_every,
-            keep_checkpoints=args.keep_checkpoints,
+            n_steps=n_steps, **{name: getattr(args, name) for name in RUN_NUMBERS}
         ),
         accelerator=accelerator,
         output_dir=args.output_dir,

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .diffusion_scdiva import gene_query_loss, masked_expression_loss, per_cell_mean, visible_gene_mask
+from .diffusion_scdiva import (
+    gene_query_loss,
+    masked_expression_loss,
+    masked_gene_loss,
+    per_cell_mean,
+    visible_gene_mask,
+)
 from .layers_scdiva import ScDivaGeneQueryDecoder, ScDivaGeneTransform, ScDivaValueHead
 from .pretrained_scdiva import PositionMasks, ScDivaPreTrainedModel
 from .rank_bounds_scdiva import RankBounds, ShownCells
@@ -262,12 +268,11 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
 
     def _rank_bounds(
         self,
-        input_ids: torch.Tensor | None,
-        expression_values: torch.Tensor | None,
+        cells: tuple[torch.Tensor | None, ...],
         size_factors: torch.Tensor | None,
         masks: PositionMasks,
     ) -> RankBounds | None:
-        """Find what the visible neighbours leave possible at hidden positions.
+        """Find what the visible neighbours leave possible at hidden positions; tokens and values come first.
 
         Returns:
             The bounds; None for a network that does not use them.
@@ -277,11 +282,33 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
         """
         if not self.config.exclude_unfit_genes:
             return None
+        input_ids, expression_values = cells[:2]
         if input_ids is None or expression_values is None or size_factors is None:
             msg = "exclude_unfit_genes needs input_ids, expression_values and size_factors for the losses."
             raise ValueError(msg)
         shown = ShownCells(input_ids, expression_values, masks.is_attended, masks.is_hidden, size_factors)
         return RankBounds(shown, self.config.n_special_tokens, self.value_head.gene_weights)
+
+    def _gene_loss(
+        self,
+        row_logits: torch.Tensor,
+        row_labels: torch.Tensor,
+        rows: tuple[torch.Tensor, ...],
+        n_cells: int,
+        *,
+        bounds: RankBounds | None = None,
+    ) -> torch.Tensor:
+        """Judge the logits (n, V) at positions, cell and place (n,) each, by the true genes (n,).
+
+        Returns:
+            (B,) mean nats of each cell.
+        """
+        unfit = None if bounds is None else bounds.unfit(rows[0], rows[1])
+        if unfit is not None:
+            is_unfit = unfit(torch.arange(len(row_labels), device=row_labels.device))
+            row_logits = row_logits.masked_fill(is_unfit, -torch.inf)
+        self._refuse_impossible_labels(row_logits, row_labels)
+        return masked_gene_loss(row_logits, row_labels, rows[0], n_cells)
 
     def _expression_loss(
         self,

@@ -112,12 +112,9 @@ class ScDivaLikelihoodMixin:
             input_ids, expression_values, attention_mask, size_factors, genes_only=genes_only
         )
         state = replace(state, condition_ids=self._scored_conditions(condition_ids, len(state.input_ids)))
-        if rank_consistent:
-            self._refuse_disorder(state, ranking_weights)
+        denoiser = self._bounded_denoiser(state, ranking_weights, rank_consistent=rank_consistent)
         seeds = cell_seeds(len(state.input_ids), seed, None)
         order = state.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
-        plain = self.generation_config.updated(canonicalize=False, rank_consistent=rank_consistent)
-        denoiser = ScDivaDenoiser(self, ranking_weights=self._ranking_weights(ranking_weights, plain))
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("gene", "value", "error")}
         surprisal = torch.full(state.input_ids.shape, torch.nan, dtype=torch.float64)
         bar = tqdm(total=len(order) * n_draws, unit=" masked cells", disable=not show_progress)
@@ -187,10 +184,7 @@ class ScDivaLikelihoodMixin:
             input_ids, expression_values, attention_mask, size_factors, genes_only=genes_only
         )
         state = replace(state, condition_ids=self._scored_conditions(condition_ids, len(state.input_ids)))
-        if rank_consistent:
-            self._refuse_disorder(state, ranking_weights)
-        settings = self.generation_config.updated(canonicalize=False, rank_consistent=rank_consistent)
-        denoiser = ScDivaDenoiser(self, ranking_weights=self._ranking_weights(ranking_weights, settings))
+        denoiser = self._bounded_denoiser(state, ranking_weights, rank_consistent=rank_consistent)
         rows = state.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
         genes, values = [], []
         with evaluation_mode(self):
@@ -208,16 +202,22 @@ class ScDivaLikelihoodMixin:
         value_nll = None if genes_only else torch.cat(values)[back]
         return self._with_length(state, torch.cat(genes)[back], value_nll, n_genes_detected)
 
-    def _refuse_disorder(self, state: CellState, ranking_weights: Any) -> None:
+    def _bounded_denoiser(
+        self, state: CellState, ranking_weights: Any, *, rank_consistent: bool
+    ) -> ScDivaDenoiser:
+        """Ask the network, where wanted between the scores of the neighbours in the cells to be scored."""
+        settings = self.generation_config.updated(canonicalize=False, rank_consistent=rank_consistent)
+        weights = self._ranking_weights(ranking_weights, settings)
+        if rank_consistent and state.size_factors is not None:
+            self._refuse_disorder(state, weights)
+        return ScDivaDenoiser(self, ranking_weights=weights)
+
+    def _refuse_disorder(self, state: CellState, weights: torch.Tensor) -> None:
         """Refuse cells that no sampler with bounds makes.
 
         Raises:
             ValueError: If a cell is not in ranking order.
         """
-        plain = self.generation_config.updated(rank_consistent=True)
-        weights = self._ranking_weights(ranking_weights, plain)
-        if weights is None or state.size_factors is None:
-            return
         is_front = state.attention_mask & (state.input_ids < self.config.n_special_tokens)
         scores = (state.expression_values.double() / weights[state.input_ids]).masked_fill(
             is_front, torch.inf

@@ -22,7 +22,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_scdiva import ScDivaConfig
 from .diffusion_heads_scdiva import ScDivaDiffusionHeads
-from .diffusion_scdiva import masked_gene_loss
 from .generation_config_scdiva import ScDivaGenerationConfig
 from .generation_scdiva import ScDivaGenerationMixin
 from .layers_scdiva import (
@@ -232,21 +231,14 @@ class ScDivaForMaskedDiffusion(ScDivaGenerationMixin, ScDivaLikelihoodMixin, ScD
                 hidden_states[rows], rows[0], input_ids, masks.is_attended
             )
 
-        # 2. Values at all positions.
-        value_genes = self._value_genes(input_ids, rows, row_logits, labels)
-        law = self._value_parameters(hidden_states, value_genes)  # (B, S), and (B, S) or None
+        # 2. Laws of values at all positions: (B, S), and (B, S) or None.
+        law = self._value_parameters(hidden_states, self._value_genes(input_ids, rows, row_logits, labels))
 
         # 3. Losses: first over the positions of a cell, then over the cells.
         cell_losses = dict.fromkeys(("gene", "expression", "latent"))  # (B,) each
-        bounds = None
+        bounds = None if labels is None else self._rank_bounds(cells, size_factors, masks)
         if labels is not None:
-            bounds = self._rank_bounds(input_ids, expression_values, size_factors, masks)
-            unfit = None if bounds is None else bounds.unfit(rows[0], rows[1])
-            if unfit is not None:
-                is_unfit = unfit(torch.arange(len(rows[0]), device=row_logits.device))
-                row_logits = row_logits.masked_fill(is_unfit, -torch.inf)
-            self._refuse_impossible_labels(row_logits, labels[rows])
-            cell_losses["gene"] = masked_gene_loss(row_logits, labels[rows], rows[0], n_cells)
+            cell_losses["gene"] = self._gene_loss(row_logits, labels[rows], rows, n_cells, bounds=bounds)
         if expression_labels is not None:
             cell_losses["expression"] = self._expression_loss(
                 law, expression_labels, size_factors, masks, labels=labels, bounds=bounds

@@ -18,6 +18,7 @@ from torch import nn
 
 from modeling_scdiva.denoiser_scdiva import ScDivaDenoiser
 from modeling_scdiva.modeling_scdiva import ScDivaForMaskedDiffusion
+from modeling_scdiva.rank_bounds_scdiva import rank_bounds
 from modeling_scdiva.sampling_scdiva import CellNoise, choose_slots, draw_genes
 from modeling_scdiva.tasks.cells import evaluation_mode
 from modeling_scdiva.unmask_scdiva import FINE_LATTICE, CellState, excluded_genes
@@ -139,26 +140,31 @@ def judged_draws(
     noise = CellNoise([arguments.seed + 1_000_003 * step + 7919 * row for row in seeds], model.device)
     rows = torch.arange(len(labels), device=model.device)
     uniforms = noise.uniforms(rows, state.attention_mask, 3)  # slot, gene, value
-    denoiser = ScDivaDenoiser(model)
+    weights = model.value_head.gene_weights if model.value_head.is_gene_conditioned else None
+    denoiser = ScDivaDenoiser(model, ranking_weights=weights)
     with evaluation_mode(model):
         with torch.no_grad():
             is_hidden = state.is_masked & state.attention_mask
             n_filled = (arguments.filled_fraction * is_hidden.sum(dim=1)).ceil().long()
             cells, places, turns = choose_slots(uniforms[0].masked_fill(~is_hidden, -torch.inf), n_filled)
             encoded = denoiser.encode(state)
+            bounds = rank_bounds(state, denoiser, rank_consistent=True)
             genes, _ = draw_genes(
                 denoiser.gene_logits(encoded, cells, places),
                 cells,
                 turns,
                 excluded_genes(state, denoiser),
                 uniforms[1, cells, places],
+                unfit=None if bounds is None else bounds.unfit(cells, places),
             )
             factors = torch.full((len(cells),), FINE_LATTICE, dtype=torch.float64, device=model.device)
             if state.size_factors is not None:
                 factors = state.size_factors.double()[cells]
-            ones, ends = torch.ones_like(factors), torch.full_like(factors, torch.inf)
+            ends = torch.ones_like(factors), torch.full_like(factors, torch.inf)
+            if bounds is not None:
+                ends = bounds.counts(cells, places, genes, factors)
             law = denoiser.value_law(encoded, cells, places, genes)
-            counts, _ = draw_counts(uniforms[2, cells, places], factors, *law, ones, ends)
+            counts, _ = draw_counts(uniforms[2, cells, places], factors, *law, *ends)
             where = (cells, places)
             filled = replace(
                 state,

@@ -95,15 +95,7 @@ def evaluate_guidance(
             **reader.scores(real, held_out.obs[condition].to_numpy()),
         }
     ]
-    parts = []
-    for place, name in enumerate(types):  # one type at a time, so that each is asked for
-        cells = reference[reference.obs[condition] == name]
-        drawn = draw_baselines(
-            cells, n_cells_per_type, labels=None, tokenizer=tokenizer, include_scvi=False, seed=place
-        )
-        parts.append(drawn["gene marginals"])
-        parts[-1].obs["asked"] = name
-    marginals = anndata.concat(parts, index_unique="-")
+    marginals = _drawn_marginals(reference, reference.obs[condition], n_cells_per_type, tokenizer)
     scores = reader.scores(kept_profile(marginals, tokenizer)[0], marginals.obs["asked"].to_numpy())
     baselines.append({"data": condition, "method": "gene marginals of the type", **scores})
     return {
@@ -114,6 +106,21 @@ def evaluate_guidance(
         "note": NOTE,
         "details": {"types": list(types), "n_reference": reference.n_obs, "n_held_out": held_out.n_obs},
     }
+
+
+def _drawn_marginals(
+    reference: anndata.AnnData, reference_types: Any, n_cells_per_type: int, tokenizer: Any
+) -> anndata.AnnData:
+    """Draw the genes of each type on their own; ``obs["asked"]`` is the type."""
+    parts = []
+    for place, name in enumerate(np.unique(reference_types)):  # one at a time, so that each is asked for
+        cells = reference[(reference_types == name).to_numpy()]
+        drawn = draw_baselines(
+            cells, n_cells_per_type, labels=None, tokenizer=tokenizer, include_scvi=False, seed=place
+        )
+        parts.append(drawn["gene marginals"])
+        parts[-1].obs["asked"] = name
+    return anndata.concat(parts, index_unique="-")
 
 
 def frequent_types(reference: Any, held_out: Any) -> list[str]:

@@ -154,7 +154,13 @@ def evaluate_scvi(
 
     Returns:
         Result as `modeling_scdiva.evaluation.report` describes it.
+
+    Raises:
+        ValueError: If the model has no law of cell sizes: the comparison would lack the number of genes.
     """
+    if model.generation_config.size_law is None:
+        msg = "This checkpoint has no law of cell sizes. Set generation_config.size_law by fit_size_law."
+        raise ValueError(msg)
     n_expressed = np.asarray((cells.X > 0).sum(axis=1)).ravel()
     cells = cells[(n_expressed <= tokenizer.max_genes) & (n_expressed > 0)].copy()
     table = score_cells(cells, model=model, tokenizer=tokenizer, seed=seed, **estimation, **reading_of(cells))
@@ -200,14 +206,17 @@ def evaluate_exact(
     sizes = cells.obs["library_size"].to_numpy()
     inputs = dict(tokenizer.encode_anndata(cells, **reading_of(cells)))
     inputs["size_factors"] = torch.from_numpy(sizes / tokenizer.target_sum)
+    how = {"rank_consistent": True, "ranking_weights": tokenizer.ranking_weights}
     rows = []
     for order in ("rank", "margin"):
         for n_genes in GENES_PER_STEP:
-            exact = model.exact_nll(**inputs, order=order, tokens_per_step=n_genes, batch_size=batch_size)
+            exact = model.exact_nll(
+                **inputs, **how, order=order, tokens_per_step=n_genes, batch_size=batch_size
+            )
             rows.append(
                 {"data": f"{order} order, {n_genes} at a step", "method": "exact"} | _per_token(exact)
             )
-    bound = model.compute_nll(**inputs, n_draws=n_draws, batch_size=batch_size)
+    bound = model.compute_nll(**inputs, **how, n_draws=n_draws, batch_size=batch_size)
     baseline = {"data": "random order, 1 at a step", "method": "bound"} | _per_token(bound)
     return {
         "title": "Exact likelihood of samplers",
