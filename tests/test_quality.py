@@ -50,6 +50,17 @@ def batches_of_few_genes(seed):
 # --- what is judged ---
 
 
+def fitting_genes(judge, cells, cell, place, n_genes):
+    """(genes,) bool: some count gives a score between those of the two neighbours."""
+    weights = judge.value_head.gene_weights
+    scores = cells["expression_values"][cell] / weights[cells["input_ids"][cell]]
+    highest = scores[place - 1] if place > 1 else torch.inf
+    lowest = scores[place + 1] if place < n_genes else 0.0
+    values = (torch.arange(1, 2000) / cells["size_factors"][cell]).log1p()
+    possible = values[:, None] / weights[None, 5:]
+    return ((possible <= highest * (1 + 1e-6)) & (possible >= lowest * (1 - 1e-6))).any(dim=0)
+
+
 def test_labels_and_judgements_by_hand(judge, small_cells):
     """One gene of each cell is hidden, and the law of genes leaves no choice."""
     cells = small_cells((12, 9, 7, 5), seed=3)
@@ -66,7 +77,8 @@ def test_labels_and_judgements_by_hand(judge, small_cells):
         for other in range(1, n_genes + 1):
             if other != place:  # a visible gene is never drawn
                 left[cells["input_ids"][cell, other] - 5] = -1.0
-        drawn.append(5 + int(left.argmax()))
+        fits = fitting_genes(judge, cells, cell, place, n_genes)  # nor one without a count for this rank
+        drawn.append(5 + int(left.masked_fill(~fits, -2.0).argmax()))
     batch = masked(cells, is_hidden)
     logits, is_right = judged_draws(judge, batch, QualityArguments())
     assert is_right.tolist() == [one == other for one, other in zip(true, drawn, strict=True)]
