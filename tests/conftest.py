@@ -6,13 +6,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from modeling_scdiva import ScDivaForMaskedDiffusion
+from modeling_scdiva import ScDivaConfig, ScDivaForMaskedDiffusion
 from modeling_scdiva.fresh_model import fresh_model
 from tokenization_scdiva import (
     CorpusSettings,
@@ -86,6 +86,65 @@ def fresh_tiny_model(
         config_file = tmp_path_factory.mktemp("config") / "config.json"
         config_file.write_text(json.dumps(TINY_NETWORK | changes))
         return fresh_model(config_file, tokenizer)
+
+    return make
+
+
+# Thirty genes, two layers of width 16 and weights so large that laws differ from slot to slot.
+SMALL_NETWORK = {
+    "vocab_size": 35,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.4,
+    "exclude_visible_genes": True,
+    "value_head": "gene",
+    "objective": "elbo",
+}
+
+
+@pytest.fixture(scope="session")
+def gene_weights() -> torch.Tensor:
+    """(V,) ranking weights of the small networks."""
+    return 1.0 + torch.arange(35, dtype=torch.float64) * 7 % 11 / 8
+
+
+@pytest.fixture(scope="session")
+def small_network(gene_weights: torch.Tensor) -> Callable[..., ScDivaForMaskedDiffusion]:
+    """Make networks that need no tokenizer, for generation and likelihoods; keywords change them."""
+
+    def make(*, seed: int = 0, **changes: object) -> ScDivaForMaskedDiffusion:
+        torch.manual_seed(seed)
+        model = ScDivaForMaskedDiffusion(ScDivaConfig(**(SMALL_NETWORK | changes))).eval()
+        if model.config.value_head == "gene":
+            model.set_gene_weights(gene_weights)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_cells(gene_weights: torch.Tensor) -> Callable[..., dict[str, torch.Tensor]]:
+    """Make cells of whole counts in ranking order, `<lat>` first, padded on the right."""
+
+    def make(n_genes: Sequence[int] = (12, 7, 3), *, seed: int = 0) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (len(n_genes), 1 + max(n_genes))
+        ids, values = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+        ids[:, 0] = 2
+        factors = 0.02 + 0.08 * torch.rand(len(n_genes), generator=generator, dtype=torch.float64)
+        for cell, n in enumerate(n_genes):
+            genes = torch.randperm(30, generator=generator)[:n].sort().values + 5
+            counts = torch.rand(n, generator=generator).mul(-0.95).log1p().mul(-4).ceil()
+            shown = (counts.double() / factors[cell]).log1p().float()
+            order = (shown / gene_weights[genes]).float().argsort(descending=True, stable=True)
+            ids[cell, 1 : n + 1], values[cell, 1 : n + 1] = genes[order], shown[order]
+        mask = (ids > 0).long()
+        return {
+            "input_ids": ids, "expression_values": values, "attention_mask": mask, "size_factors": factors,
+        }  # fmt: skip
 
     return make
 

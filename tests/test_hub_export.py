@@ -55,6 +55,10 @@ import anndata, numpy, torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 cells, *folders = sys.argv[1:]
 adata = anndata.read_h5ad(cells)
+
+def made_inputs(made):
+    return {name: made[name] for name in ("input_ids", "expression_values", "attention_mask")}
+
 for folder in folders:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -65,7 +69,10 @@ for folder in folders:
         inputs = tokenizer.encode_anndata(adata)
         states = model(**inputs).last_hidden_state
         values = whole(**inputs).expression_predictions
-    numpy.savez(folder + ".npz", embedding=states[:, 0].numpy(), values=values.numpy())
+    made = whole.generate(n_cells=3, n_genes=12, steps=4)
+    nats = whole.compute_nll(**made_inputs(made), genes_only=True, n_draws=4).nll
+    numpy.savez(folder + ".npz", embedding=states[:, 0].numpy(), values=values.numpy(),
+                genes=made.input_ids.numpy(), nats=nats.numpy())
 """
 
 
@@ -158,8 +165,13 @@ def test_a_stranger_gets_the_same_numbers(root, exported, adata):
     embedding = embed_cells(adata, model=model, tokenizer=tokenizer, show_progress=False)
     with torch.no_grad():
         values = model(**tokenizer.encode_anndata(adata)).expression_predictions.numpy()
+    made = model.generate(n_cells=3, n_genes=12, steps=4)
+    inputs = (made.input_ids, made.expression_values, made.attention_mask)
+    nats = model.compute_nll(*inputs, genes_only=True, n_draws=4).nll
     for folder in folders:
         found = np.load(f"{folder}.npz")
+        np.testing.assert_array_equal(found["genes"], made.input_ids)
+        np.testing.assert_allclose(found["nats"], nats, atol=1e-4)
         np.testing.assert_allclose(found["embedding"], embedding, atol=1e-6)
         np.testing.assert_allclose(found["values"], values, atol=1e-6)
 
@@ -176,6 +188,7 @@ def test_exported_folder_is_whole(root, exported):
         "README.md",
         "config.json",
         "gene_vocabulary.json",
+        "generation_config.json",
         "model.safetensors",
         "tokenizer_config.json",
     }

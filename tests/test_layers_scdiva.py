@@ -12,6 +12,8 @@ from torch import nn
 
 from modeling_scdiva import ScDivaConfig, ScDivaForMaskedDiffusion, ScDivaModel, pool_cells
 from modeling_scdiva.layers_scdiva import (
+    SCALE_SHIFT,
+    SMALLEST_SCALE,
     ScDivaRMSNorm,
     ScDivaRotaryEmbedding,
     ScDivaValueEmbedding,
@@ -94,21 +96,29 @@ def test_fresh_value_and_gene_embeddings_have_one_scale():
     assert isinstance(model.value_embedding, ScDivaValueEmbedding)
 
 
+@pytest.mark.parametrize("objective", ["paper", "elbo"])
 @pytest.mark.parametrize("value_head", ["scalar", "gene"])
-def test_value_head_by_hand(value_head):
+def test_value_head_by_hand(value_head, objective):
     torch.manual_seed(0)
-    head = ScDivaValueHead(tiny_config(value_head=value_head))
+    network = tiny_config(value_head=value_head, objective=objective, exclude_visible_genes=True)
+    head = ScDivaValueHead(network)
     states, gene_ids, genes = torch.randn(5, 32), torch.arange(5, 10), torch.randn(5, 32)
     entry = states
     if value_head == "gene":
         head.gene_weights.copy_(torch.arange(1.0, VOCAB_SIZE + 1))
         root = genes.square().mean(dim=-1, keepdim=True).add(1e-5).sqrt()
         entry = torch.cat([states, genes / root], dim=-1)
-    scores = head.out_proj(nn.functional.silu(head.dense(entry)))[:, 0]
-    expected = torch.log1p(scores.exp()) * (gene_ids + 1.0 if value_head == "gene" else 1.0)
-    predictions = head(states, gene_ids, genes)
-    torch.testing.assert_close(predictions, expected)
-    assert (predictions >= 0).all()
+    scores = head.out_proj(nn.functional.silu(head.dense(entry)))
+    weights = gene_ids + 1.0 if value_head == "gene" else 1.0
+    location, scale = head(states, gene_ids, genes)
+    torch.testing.assert_close(location, torch.log1p(scores[:, 0].exp()) * weights)
+    assert (location >= 0).all()
+    assert scores.shape == (5, 2 if objective == "elbo" else 1)
+    if objective == "paper":
+        assert scale is None
+    else:
+        floor = SMALLEST_SCALE + torch.log1p((scores[:, 1] + SCALE_SHIFT).exp())
+        torch.testing.assert_close(scale, floor * weights)
 
 
 def test_gene_head_for_values_uses_the_gene_and_its_weight():

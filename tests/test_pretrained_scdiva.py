@@ -26,12 +26,26 @@ from modeling_scdiva import (
 )
 
 TRAVELLING_FILES = {
+    "bound_scdiva.py",
+    "cell_layout_scdiva.py",
+    "conditions_scdiva.py",
     "configuration_scdiva.py",
+    "denoiser_scdiva.py",
+    "diffusion_heads_scdiva.py",
     "diffusion_scdiva.py",
+    "generation_config_scdiva.py",
+    "generation_scdiva.py",
     "layers_scdiva.py",
-    "outputs_scdiva.py",
+    "likelihood_scdiva.py",
     "modeling_scdiva.py",
+    "outputs_scdiva.py",
     "pretrained_scdiva.py",
+    "rank_bounds_scdiva.py",
+    "sampling_scdiva.py",
+    "size_law_scdiva.py",
+    "steering_scdiva.py",
+    "unmask_scdiva.py",
+    "value_law_scdiva.py",
 }
 
 
