@@ -32,6 +32,7 @@ from .cell_layout_scdiva import (
     trimmed,
     with_slots,
 )
+from .conditions_scdiva import encode_conditions
 from .denoiser_scdiva import ScDivaDenoiser
 from .generation_config_scdiva import ScDivaGenerationConfig, ScDivaGenerationOutput
 from .sampling_scdiva import CellNoise
@@ -211,6 +212,18 @@ class ScDivaGenerationMixin:
         if n_genes is not None:
             state = with_slots(state, n_genes, self.config)
         return self._finish(state, cell_seeds(len(input_ids), config.seed, generator), config, **finishing)
+
+    def encode_conditions(self, columns: dict[str, Any], n_cells: int) -> torch.Tensor:
+        """Turn names of conditions into ``condition_ids``.
+
+        Args:
+            columns: Name -> category of all cells or (N,) categories, such as ``{"cell_type": "B cell"}``.
+            n_cells: Number of cells N.
+
+        Returns:
+            (N, K) int64 ids, 0 = not given.
+        """
+        return encode_conditions(columns, n_cells, self.config.conditions or {})
 
     @torch.no_grad()
     def impute(

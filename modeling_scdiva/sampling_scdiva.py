@@ -17,6 +17,7 @@ Source: METHOD.md section 5.
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 # (k,) indices of slots -> (k, V) bool, genes that cannot stand there.
@@ -26,10 +27,14 @@ SCHEDULES = ("linear", "cosine")
 
 
 class CellNoise:
-    """Uniform numbers of cells, each from a generator of its own."""
+    """Uniform numbers of cells, each from a generator of its own.
+
+    The generator is NumPy's Philox, which takes all 64 bits of a seed; torch's takes 32 on the CPU, too few
+    for a hundred thousand cells.
+    """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.generators = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in seeds]
         self.device = device
 
     def uniforms(self, rows: torch.Tensor, is_attended: torch.Tensor, n_streams: int) -> torch.Tensor:
@@ -47,8 +52,8 @@ class CellNoise:
         is_real = is_attended.cpu()
         for place, row in enumerate(rows.tolist()):
             n_real = int(is_real[place].sum())
-            drawn = torch.rand(n_real, n_streams, generator=self.generators[row], dtype=torch.float64)
-            noise[place, is_real[place]] = drawn
+            drawn = self.generators[row].random((n_real, n_streams))
+            noise[place, is_real[place]] = torch.from_numpy(drawn)
         return noise.movedim(2, 0).to(self.device)
 
 

@@ -400,3 +400,11 @@ def test_training_with_conditions_and_embedding_without(fresh_tiny_model, labell
     again = embed_cells(adata, model=loaded, tokenizer=tokenizer, show_progress=False, batch_size=3)
     np.testing.assert_allclose(vectors, again, atol=1e-5)
     assert vectors.shape == (10, 32)
+
+
+def test_names_are_encoded_by_the_network_itself(fresh_tiny_model):
+    network = fresh_tiny_model(conditions={"cell_type": ["a", "b"], "library_size": [100.0]})
+    ids = network.encode_conditions({"cell_type": ["b", None], "library_size": 50}, 2)
+    assert ids.tolist() == [[2, 1], [0, 1]]
+    with pytest.raises(ValueError, match="knows no cell_type 'c'"):
+        network.encode_conditions({"cell_type": "c"}, 2)
