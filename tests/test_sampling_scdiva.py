@@ -74,10 +74,17 @@ def test_a_row_that_is_not_asked_keeps_its_numbers_for_later():
     assert torch.equal(other.uniforms(torch.tensor([1]), attended([6]), 3)[:, 0], first[:, 0])
 
 
+def test_all_64_bits_of_a_seed_count():
+    seeds = [5, 5 + 2**32, 5 + 2**61, 2**63 - 1]
+    drawn = CellNoise(seeds).uniforms(torch.arange(4), attended([3] * 4), 1)[0]
+    assert len({tuple(row) for row in drawn.tolist()}) == 4
+
+
 def test_noise_is_uniform_float64_and_leaves_the_global_generator_alone():
-    before = torch.random.get_rng_state()
+    before, before_numpy = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     drawn = CellNoise(range(40)).uniforms(torch.arange(40), attended([250] * 40), 5)
     assert torch.equal(torch.random.get_rng_state(), before)
+    assert (np.random.get_state()[1] == before_numpy).all()  # noqa: NPY002
     assert drawn.shape == (5, 40, 250)
     assert drawn.dtype == torch.float64
     assert (drawn * 2**24 % 1 > 0).double().mean() > 0.99  # finer than float32
