@@ -179,13 +179,14 @@ def test_the_bound_without_knowledge_counts_the_genes_left(n_genes, n_slots):
     expected = sum(math.log(n_genes - i) for i in range(n_slots))
     bound = bound_over_orders(*nats_of_all_masks(uniform.clean_cells(), uniform, n_slots))
     np.testing.assert_allclose(bound, expected, rtol=0, atol=1e-10)
-    # As many strata as genes: each k comes once, and nothing is left to chance.
+    # A draw of k hidden genes is worth log(V - L + k) / P(k), and that is right in the mean over k.
+    law = law_of_sizes(n_slots)
+    worth = np.array([math.log(n_genes - n_slots + k) for k in range(1, n_slots + 1)]) / law
+    np.testing.assert_allclose(law @ worth, expected, rtol=0, atol=1e-10)
     noise = CellNoise(range(len(bound)))
-    estimate = estimate_bound(uniform.clean_cells(), uniform, noise, n_draws=max(2, n_slots))
-    np.testing.assert_allclose(estimate.gene_nats.mean(dim=1), expected, rtol=0, atol=1e-10)
-    by_count = [n_slots * math.log(n_genes - n_slots + k) for k in range(1, n_slots + 1)]
-    if n_slots > 1:
-        np.testing.assert_allclose(estimate.gene_nats, [by_count] * len(bound), rtol=0, atol=1e-10)
+    estimate = estimate_bound(uniform.clean_cells(), uniform, noise, n_draws=8)
+    away = np.abs(estimate.gene_nats.numpy()[:, :, None] - worth).min(axis=2)
+    np.testing.assert_allclose(away, 0.0, rtol=0, atol=1e-10)
 
 
 def test_counts_are_scored_with_their_true_gene():
@@ -279,6 +280,12 @@ def test_standard_error_by_hand():
     assert independent.standard_error.item() == pytest.approx(math.sqrt(1 / 3))
 
 
+def law_of_sizes(n_slots):
+    """(L,) probability of hiding 1 .. L genes: half uniform, half falling as the root's slope."""
+    roots = np.sqrt(np.arange(n_slots + 1) / n_slots)
+    return 0.5 / n_slots + 0.5 * np.diff(roots)
+
+
 def test_masks_are_uniform_given_their_size_and_sizes_fill_their_strata():
     law = Recording(5, 3)
     n_cells, n_draws = 4000, 6
@@ -286,14 +293,23 @@ def test_masks_are_uniform_given_their_size_and_sizes_fill_their_strata():
     estimate = estimate_bound(state, law, SharedNoise(0), n_draws=n_draws, rows_at_once=n_cells)
     assert len(law.asked) == n_draws
     powers = torch.tensor([0, 1, 2, 4])
+    ends = np.concatenate([[0.0], np.cumsum(law_of_sizes(3))])  # of the levels of 1, 2 and 3 hidden genes
     for draw, asked in enumerate(law.asked):
-        assert (asked.is_masked.sum(dim=1) == 1 + draw // 2).all()  # two strata for each k
         assert not asked.is_masked[:, 0].any()
         assert torch.equal(asked.is_masked, asked.input_ids == MASK)
-        shares = torch.bincount((asked.is_masked * powers).sum(dim=1), minlength=8) / n_cells
-        sets = [sum(mask) == 1 + draw // 2 for mask in itertools.product([False, True], repeat=3)]
-        expected = torch.tensor(sets) / sum(sets)
-        assert (shares - expected).abs().max() < 4 * (0.25 / n_cells) ** 0.5
+        sizes = asked.is_masked.sum(dim=1)
+        patterns = (asked.is_masked * powers).sum(dim=1)
+        for size in (1, 2, 3):
+            low, high = max(ends[size - 1], draw / n_draws), min(ends[size], (draw + 1) / n_draws)
+            share = float((sizes == size).double().mean())
+            assert abs(share - max(0.0, high - low) * n_draws) < 4 * (0.25 / n_cells) ** 0.5
+            if high - low < 0.02:
+                continue
+            sets = [sum(mask) == size for mask in itertools.product([False, True], repeat=3)]
+            expected = torch.tensor(sets) / sum(sets)
+            chosen = patterns[sizes == size]
+            shares = torch.bincount(chosen, minlength=8) / len(chosen)
+            assert (shares - expected).abs().max() < 4.5 * (0.25 / len(chosen)) ** 0.5
     totals, times = torch.zeros(2, n_cells, 4, dtype=torch.float64)
     for asked in law.asked[:n_draws]:
         nats, _, where = masked_nats(state, asked.is_masked, law)
@@ -303,13 +319,13 @@ def test_masks_are_uniform_given_their_size_and_sizes_fill_their_strata():
     assert estimate.gene_surprisal[:, 0].isnan().all()
 
 
-def test_independent_draws_take_every_size_alike():
+def test_independent_draws_follow_the_law_of_sizes():
     law = Recording(5, 3)
     state = law.clean_cells().select(torch.zeros(3000, dtype=torch.long))
     estimate_bound(state, law, SharedNoise(0), n_draws=4, rows_at_once=3000, is_stratified=False)
     for asked in law.asked:
         shares = torch.bincount(asked.is_masked.sum(dim=1), minlength=4) / 3000
-        assert (shares - torch.tensor([0, 1 / 3, 1 / 3, 1 / 3])).abs().max() < 0.03
+        assert (shares[1:] - torch.from_numpy(law_of_sizes(3))).abs().max() < 0.03
 
 
 def padded(state, n_left, n_right):
