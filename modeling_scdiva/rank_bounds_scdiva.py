@@ -32,8 +32,9 @@ def count_range(
         none does, both are the one below ``highest``, or 1.
     """
     slack = 1e-6  # stored values are float32
-    most = (highest.expm1() * size_factors * (1.0 + slack) + slack).floor()
-    fewest = (lowest.expm1() * size_factors * (1.0 - slack) - slack).ceil().clamp(min=1.0)
+    # In place behind the first step: over all genes these are the largest tensors there are.
+    most = highest.expm1().mul_(size_factors * (1.0 + slack)).add_(slack).floor_()
+    fewest = lowest.expm1().mul_(size_factors * (1.0 - slack)).sub_(slack).ceil_().clamp_(min=1.0)
     fits = fewest <= most
     most = most.clamp(min=1.0)
     return torch.minimum(fewest, most), most, fits
