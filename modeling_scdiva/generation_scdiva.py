@@ -82,6 +82,8 @@ class ScDivaGenerationMixin:
         if generation_config is not None:
             self.generation_config = ScDivaGenerationConfig.from_dict(generation_config.to_dict())
             return
+        if pretrained_model_name_or_path is None:  # weights came as a state_dict
+            return
         try:
             self.generation_config = ScDivaGenerationConfig.from_pretrained(
                 pretrained_model_name_or_path, **loading

@@ -236,3 +236,9 @@ def test_output_is_a_dictionary_of_what_there_is():
     output = ScDivaGenerationOutput(input_ids=torch.zeros(1, 2), size_factors=torch.ones(1))
     assert set(output) == {"input_ids", "size_factors"}
     assert output["size_factors"] is output.size_factors
+
+
+def test_weights_without_a_folder_leave_the_defaults(fresh_tiny_model):
+    model = fresh_tiny_model()
+    again = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert again.generation_config.to_dict() == ScDivaGenerationConfig().to_dict()
