@@ -235,7 +235,8 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
         is_impossible = row_logits.gather(1, row_labels.unsqueeze(1)).squeeze(1).isneginf()  # (n,)
         if is_impossible.any():
             label = int(row_labels[is_impossible][0])
-            reason = "a special token" if label < self.config.n_special_tokens else "visible in the same cell"
+            reason = "visible in the same cell, or without a count that fits between its neighbours"
+            reason = "a special token" if label < self.config.n_special_tokens else reason
             msg = (
                 f"{int(is_impossible.sum())} labels can never be predicted, the first is {label}, {reason}. "
                 "Label hidden genes only, and use -100 everywhere else."

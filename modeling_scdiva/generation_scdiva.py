@@ -11,8 +11,7 @@ Source: METHOD.md section 5.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +34,7 @@ from .cell_layout_scdiva import (
 from .conditions_scdiva import encode_conditions
 from .denoiser_scdiva import ScDivaDenoiser
 from .generation_config_scdiva import ScDivaGenerationConfig, ScDivaGenerationOutput
+from .pretrained_scdiva import evaluation_mode
 from .sampling_scdiva import CellNoise
 from .size_law_scdiva import draw_sizes
 from .steering_scdiva import Steering
@@ -482,20 +482,3 @@ class ScDivaGenerationMixin:
             )
             raise ValueError(msg)
         return None
-
-
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """Switch dropout off, and give every submodule its own mode back, also after an error.
-
-    Args:
-        model: Any network, or None.
-    """
-    modes = {} if model is None else {module: module.training for module in model.modules()}
-    for module in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

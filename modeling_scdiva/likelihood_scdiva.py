@@ -20,7 +20,7 @@ from transformers.utils.logging import tqdm
 from .bound_scdiva import estimate_bound, exact_log_prob
 from .cell_layout_scdiva import cell_seeds, checked_conditions, trimmed
 from .denoiser_scdiva import ScDivaDenoiser
-from .generation_scdiva import evaluation_mode
+from .pretrained_scdiva import evaluation_mode
 from .sampling_scdiva import CellNoise
 from .size_law_scdiva import length_log_prob
 from .unmask_scdiva import CellState

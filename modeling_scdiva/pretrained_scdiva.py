@@ -8,6 +8,8 @@ Dimensions: B cells in a loader batch, S positions, D width.
 Source: METHOD.md section 3.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,23 @@ class PositionMasks:
     is_measured: torch.Tensor  # shows an expression value
     is_hidden: torch.Tensor  # has a value, which is to be predicted
     is_gene_masked: torch.Tensor  # the gene itself is to be predicted
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Switch dropout off, and give every submodule its own mode back, also after an error.
+
+    Args:
+        model: Any network, or None, which has no dropout.
+    """
+    modes = {} if model is None else {module: module.training for module in model.modules()}
+    if model is not None:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class ScDivaPreTrainedModel(PreTrainedModel):

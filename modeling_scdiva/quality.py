@@ -18,9 +18,9 @@ from torch import nn
 
 from modeling_scdiva.denoiser_scdiva import ScDivaDenoiser
 from modeling_scdiva.modeling_scdiva import ScDivaForMaskedDiffusion
+from modeling_scdiva.pretrained_scdiva import evaluation_mode
 from modeling_scdiva.rank_bounds_scdiva import rank_bounds
 from modeling_scdiva.sampling_scdiva import CellNoise, choose_slots, draw_genes
-from modeling_scdiva.tasks.cells import evaluation_mode
 from modeling_scdiva.unmask_scdiva import FINE_LATTICE, CellState, excluded_genes
 from modeling_scdiva.value_law_scdiva import draw_counts, values_from_counts
 

@@ -34,6 +34,7 @@ from modeling_scdiva.metrics.annotation_baselines import (
     variable_genes_logistic,
 )
 from modeling_scdiva.modeling_scdiva import pool_cells
+from modeling_scdiva.pretrained_scdiva import evaluation_mode
 from modeling_scdiva.splits import CellSplit
 from modeling_scdiva.tasks.annotation import (
     AnnotatorSettings,
@@ -44,7 +45,6 @@ from modeling_scdiva.tasks.cells import (
     CellTokenizer,
     TokenizedCells,
     encoder_of,
-    evaluation_mode,
     length_batches,
     read_cells,
     shown,

@@ -11,14 +11,12 @@ Dimensions: N cells in a file, B cells in a loader batch, S positions, T gene to
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from torch import nn
 from transformers import PreTrainedModel
 
 # Cells tokenised at once, roughly: enough for batches of nearly equal length, few enough for any memory.
@@ -292,18 +290,6 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: CellTokenizer) -> None:
             f"{found[:12]}: the same token would be another gene. Load the tokenizer from the model's folder."
         )
         raise ValueError(msg)
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and give every submodule its own mode back, also after an error."""
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, mode in modes.items():
-            submodule.training = mode
 
 
 def encoder_of(model: Any) -> Any:

@@ -27,11 +27,11 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from modeling_scdiva.pretrained_scdiva import evaluation_mode
 from modeling_scdiva.tasks.cells import (
     CellTokenizer,
     TokenizedCells,
     check_vocabulary,
-    evaluation_mode,
     length_batches,
     read_cells,
     refuse_path,

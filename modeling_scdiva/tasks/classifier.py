@@ -22,7 +22,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_scdiva.adapters import refuse_adapter
-from modeling_scdiva.tasks.cells import TokenizedCells, encoder_of, evaluation_mode, length_batches
+from modeling_scdiva.pretrained_scdiva import evaluation_mode
+from modeling_scdiva.tasks.cells import TokenizedCells, encoder_of, length_batches
 
 
 def make_classifier(model: PreTrainedModel, label_names: Sequence[str]) -> PreTrainedModel:

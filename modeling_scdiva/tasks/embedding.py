@@ -16,14 +16,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_scdiva.modeling_scdiva import pool_cells
-from modeling_scdiva.tasks.cells import (
-    BLOCK_SIZE,
-    CellTokenizer,
-    check_vocabulary,
-    encoder_of,
-    evaluation_mode,
-    refuse_path,
-)
+from modeling_scdiva.pretrained_scdiva import evaluation_mode
+from modeling_scdiva.tasks.cells import BLOCK_SIZE, CellTokenizer, check_vocabulary, encoder_of, refuse_path
 
 POOLINGS = ("lat", "mean")
 

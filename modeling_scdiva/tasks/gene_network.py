@@ -32,12 +32,12 @@ from scipy.stats import rankdata
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from modeling_scdiva.pretrained_scdiva import evaluation_mode
 from modeling_scdiva.tasks.cells import (
     CellTokenizer,
     TokenizedCells,
     check_vocabulary,
     encoder_of,
-    evaluation_mode,
     length_batches,
     read_cells,
     shown,

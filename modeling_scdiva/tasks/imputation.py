@@ -26,11 +26,11 @@ import torch
 from scipy.sparse import csr_matrix, issparse
 from scipy.special import expit
 
+from modeling_scdiva.pretrained_scdiva import evaluation_mode
 from modeling_scdiva.tasks.cells import (
     CellTokenizer,
     TokenizedCells,
     check_vocabulary,
-    evaluation_mode,
     length_batches,
     read_cells,
     refuse_path,

@@ -31,10 +31,10 @@ from torch import nn
 
 from modeling_scdiva.adapters import Trainable, make_trainable
 from modeling_scdiva.finetuning import finetune
+from modeling_scdiva.pretrained_scdiva import evaluation_mode
 from modeling_scdiva.tasks.cells import (
     CellTokenizer,
     check_vocabulary,
-    evaluation_mode,
     obs_column,
     read_cells,
     refuse_path,

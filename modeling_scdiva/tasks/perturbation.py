@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from modeling_scdiva.adapters import make_trainable
 from modeling_scdiva.finetuning import FinetuningArguments, finetune
+from modeling_scdiva.pretrained_scdiva import evaluation_mode
 from modeling_scdiva.tasks.cells import (
     CellTokenizer,
     TokenizedCells,
     check_vocabulary,
-    evaluation_mode,
     length_batches,
     read_cells,
     refuse_path,

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from modeling_scdiva.metrics.reconstruction import cell_gene_scores, cell_value_scores, score_gene_laws
+from modeling_scdiva.pretrained_scdiva import evaluation_mode
 from modeling_scdiva.tasks.cells import (
     CellTokenizer,
     TokenizedCells,
     check_vocabulary,
-    evaluation_mode,
     length_batches,
     read_cells,
 )
