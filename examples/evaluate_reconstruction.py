@@ -15,23 +15,18 @@ pictures.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-import anndata
 import numpy as np
 from accelerate import Accelerator
-from transformers import AutoTokenizer
 
-from modeling_scdiva import ScDivaForMaskedDiffusion
 from modeling_scdiva.evaluation import print_result, write_result
 from modeling_scdiva.evaluation.reconstruction import (
     MASK_RATIOS,
     evaluate_reconstruction,
     reconstruction_figures,
 )
-from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.provenance import result_path
-from tokenization_scdiva import synthetic_cells, synthetic_tokenizer
+from tokenization_scdiva import open_or_make_up
 
 CONFIG = Path(__file__).parent / "configs" / "tiny.json"
 
@@ -56,21 +51,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(arguments: argparse.Namespace) -> tuple[anndata.AnnData, Any, Any]:
-    """Return cells, model and tokenizer; made up where nothing was named."""
-    if arguments.checkpoint is None:
-        print("No --checkpoint: random weights. Their numbers are those of a model that learned nothing.")
-        cells = synthetic_cells(n_cells=120) if arguments.data is None else anndata.read_h5ad(arguments.data)
-        tokenizer = synthetic_tokenizer(cells, max_genes=256)
-        return cells, fresh_model(CONFIG, tokenizer), tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    model = ScDivaForMaskedDiffusion.from_pretrained(arguments.checkpoint)
-    if arguments.data is not None:
-        return anndata.read_h5ad(arguments.data), model, tokenizer
-    genes = tokenizer.vocabulary.gene_ids[tokenizer.vocabulary.n_special_tokens :][:300]
-    return synthetic_cells(n_cells=120, gene_ids=genes), model, tokenizer
-
-
 def main() -> None:
     """Evaluate, print, write."""
     arguments = parse_arguments()
@@ -79,7 +59,9 @@ def main() -> None:
     if not accelerator.is_main_process:
         return
     output = result_path(arguments.output, "reconstruction")  # refuses a name that is taken before the run
-    cells, model, tokenizer = load(arguments)
+    if arguments.checkpoint is None:
+        print("No --checkpoint: random weights. Their numbers are those of a model that learned nothing.")
+    cells, model, tokenizer = open_or_make_up(arguments.checkpoint, arguments.data, CONFIG)
     model = model.to(accelerator.device).eval()
     reading = {} if arguments.max_genes is None else {"max_genes": arguments.max_genes}
     result = evaluate_reconstruction(

@@ -17,19 +17,14 @@ differential tests on imputed values.
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-import anndata
 from accelerate import Accelerator
-from transformers import AutoTokenizer
 
-from modeling_scdiva import ScDivaForMaskedDiffusion
 from modeling_scdiva.evaluation import print_result, write_result
 from modeling_scdiva.evaluation.imputation import evaluate_imputation, imputation_figures
-from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.provenance import result_path
 from modeling_scdiva.tasks.imputation import impute_expression
-from tokenization_scdiva import synthetic_cells, synthetic_tokenizer
+from tokenization_scdiva import open_or_make_up
 
 CONFIG = Path(__file__).parent / "configs" / "tiny.json"
 
@@ -58,22 +53,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(arguments: argparse.Namespace) -> tuple[anndata.AnnData, Any, Any]:
-    """Return cells, model and tokenizer; made up where nothing was named."""
-    if arguments.checkpoint is None:
-        print("No --checkpoint: random weights. Their numbers are those of a model that learned nothing.")
-        cells = synthetic_cells(n_cells=120) if arguments.data is None else anndata.read_h5ad(arguments.data)
-        tokenizer = synthetic_tokenizer(cells, max_genes=256)
-        network = json.loads(CONFIG.read_text("utf-8")) | {"latent_loss_weight": 1.0}  # it has the decoder
-        return cells, fresh_model(network, tokenizer), tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    model = ScDivaForMaskedDiffusion.from_pretrained(arguments.checkpoint)
-    if arguments.data is not None:
-        return anndata.read_h5ad(arguments.data), model, tokenizer
-    genes = tokenizer.vocabulary.gene_ids[tokenizer.vocabulary.n_special_tokens :][:300]
-    return synthetic_cells(n_cells=120, gene_ids=genes), model, tokenizer
-
-
 def main() -> None:
     """Impute, evaluate, print, write."""
     arguments = parse_arguments()
@@ -82,7 +61,10 @@ def main() -> None:
     if not accelerator.is_main_process:
         return
     output = result_path(arguments.output, "imputation")  # refuses a name that is taken before the run
-    cells, model, tokenizer = load(arguments)
+    if arguments.checkpoint is None:
+        print("No --checkpoint: random weights. Their numbers are those of a model that learned nothing.")
+    network = json.loads(CONFIG.read_text("utf-8")) | {"latent_loss_weight": 1.0}  # it has the decoder
+    cells, model, tokenizer = open_or_make_up(arguments.checkpoint, arguments.data, network)
     model = model.to(accelerator.device).eval()
     name = "made-up cells" if arguments.data is None else arguments.data.stem
 

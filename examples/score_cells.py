@@ -14,21 +14,15 @@ Without `--data`, made-up cells are scored; without `--checkpoint`, random weigh
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
-import anndata
 from accelerate import Accelerator
-from transformers import AutoTokenizer
 
-from modeling_scdiva import ScDivaForMaskedDiffusion
 from modeling_scdiva.evaluation import print_result, write_result
 from modeling_scdiva.evaluation.scoring import evaluate_scoring
-from modeling_scdiva.fresh_model import fresh_model
 from modeling_scdiva.provenance import result_path
 from modeling_scdiva.tasks import score_cells, score_labels
-from tokenization_scdiva import synthetic_cells, synthetic_tokenizer
+from tokenization_scdiva import open_or_make_up
 
 CONFIG = Path(__file__).parent / "configs" / "tiny.json"
 
@@ -53,21 +47,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(arguments: argparse.Namespace) -> tuple[anndata.AnnData, Any, Any]:
-    """Return cells, model and tokenizer; made up where nothing was named."""
-    if arguments.checkpoint is None:
-        print("No --checkpoint: random weights. Their numbers are those of a model that learned nothing.")
-        cells = synthetic_cells(n_cells=120) if arguments.data is None else anndata.read_h5ad(arguments.data)
-        tokenizer = synthetic_tokenizer(cells, max_genes=256)
-        return cells, fresh_model(json.loads(CONFIG.read_text("utf-8")), tokenizer), tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    model = ScDivaForMaskedDiffusion.from_pretrained(arguments.checkpoint)
-    if arguments.data is not None:
-        return anndata.read_h5ad(arguments.data), model, tokenizer
-    genes = tokenizer.vocabulary.gene_ids[tokenizer.vocabulary.n_special_tokens :][:300]
-    return synthetic_cells(n_cells=120, gene_ids=genes), model, tokenizer
-
-
 def main() -> None:
     """Score, write, compare."""
     arguments = parse_arguments()
@@ -76,7 +55,9 @@ def main() -> None:
     if not accelerator.is_main_process:
         return
     output = result_path(arguments.output, "scoring")  # refuses a name that is taken before the run
-    cells, model, tokenizer = load(arguments)
+    if arguments.checkpoint is None:
+        print("No --checkpoint: random weights. Their numbers are those of a model that learned nothing.")
+    cells, model, tokenizer = open_or_make_up(arguments.checkpoint, arguments.data, CONFIG)
     model = model.to(accelerator.device).eval()
     name = "made-up cells" if arguments.data is None else arguments.data.stem
     how = {"model": model, "tokenizer": tokenizer, "batch_size": arguments.batch_size}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tokenization_scdiva.gene_entropy import GeneEntropy
     from tokenization_scdiva.gene_table import read_gene_tables
     from tokenization_scdiva.loading import corpus_loader
-    from tokenization_scdiva.synthetic import synthetic_cells, synthetic_tokenizer
+    from tokenization_scdiva.synthetic import open_or_make_up, synthetic_cells, synthetic_tokenizer
     from tokenization_scdiva.vocabulary_builder import build_vocabulary
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "corpus_loader",
     "find_cell_files",
     "open_cells",
+    "open_or_make_up",
     "read_counts",
     "read_gene_tables",
     "synthetic_cells",
@@ -60,6 +61,7 @@ LAZY_NAMES = {
     "corpus_loader": "loading",
     "find_cell_files": "files",
     "open_cells": "files",
+    "open_or_make_up": "synthetic",
     "read_gene_tables": "gene_table",
     "synthetic_cells": "synthetic",
     "synthetic_tokenizer": "synthetic",

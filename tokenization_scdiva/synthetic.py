@@ -6,13 +6,16 @@ benchmark.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from modeling_scdiva.fresh_model import fresh_model
+from modeling_scdiva.modeling_scdiva import ScDivaForMaskedDiffusion
 from tokenization_scdiva.tokenization_scdiva import ScDivaTokenizer
 from tokenization_scdiva.vocabulary_builder import build_vocabulary
 
@@ -94,3 +97,29 @@ def synthetic_tokenizer(adata: anndata.AnnData, *, max_genes: int = 128) -> ScDi
         adata.write_h5ad(path)
         vocabulary, _ = build_vocabulary({"cells": path}, show_progress=False)
     return ScDivaTokenizer(vocabulary=vocabulary, max_genes=max_genes)
+
+
+def open_or_make_up(
+    checkpoint: str | None, data: str | Path | None, network: str | Path | Mapping[str, Any]
+) -> tuple[anndata.AnnData, ScDivaForMaskedDiffusion, ScDivaTokenizer]:
+    """Open cells and a checkpoint; make up what is not named, so that a script runs before there is one.
+
+    Args:
+        checkpoint: Folder or Hub id of a diffusion model with its tokenizer; None for random weights.
+        data: h5ad file of raw counts; None for 120 made-up cells, of genes the checkpoint knows.
+        network: Configuration of the random weights, as in `fresh_model`.
+
+    Returns:
+        Cells, model and tokenizer.
+    """
+    cells = None if data is None else anndata.read_h5ad(data)
+    if checkpoint is None:
+        cells = synthetic_cells(n_cells=120) if cells is None else cells
+        tokenizer = synthetic_tokenizer(cells, max_genes=256)
+        return cells, fresh_model(network, tokenizer), tokenizer
+    tokenizer = ScDivaTokenizer.from_pretrained(checkpoint)
+    model = ScDivaForMaskedDiffusion.from_pretrained(checkpoint)
+    if cells is None:
+        genes = tokenizer.vocabulary.gene_ids[tokenizer.vocabulary.n_special_tokens :][:300]
+        cells = synthetic_cells(n_cells=120, gene_ids=genes)
+    return cells, model, tokenizer
