@@ -450,10 +450,17 @@ class ScDivaGenerationMixin:
                 row_seeds = seeds[rows.cpu()]
                 if steering is None or steering.n_particles == 1:
                     noise = CellNoise(row_seeds.tolist(), self.device)
-                    done.append(unmask(part, denoiser, config.unmask_settings(), noise))
+                    left = [start]  # hidden after each step, for the bar
+
+                    def advance(n_hidden: int, left: list[int] = left) -> None:
+                        bar.update(left.pop() - n_hidden)
+                        left.append(n_hidden)
+
+                    settings = config.unmask_settings()
+                    done.append(unmask(part, denoiser, settings, noise, on_step=advance))
                 else:
                     done.append(steering.run(part, denoiser, config.unmask_settings(), row_seeds))
-                bar.update(start)
+                    bar.update(start)
         return collected(done, order, state, weights, self.config, is_canonical=config.canonicalize)
 
     def _ranking_weights(self, given: Any, config: ScDivaGenerationConfig) -> torch.Tensor | None:
