@@ -24,7 +24,9 @@ from transformers import AutoTokenizer
 from modeling_scdiva import ScDivaForMaskedDiffusion, Steering
 from modeling_scdiva.evaluation.generation import compare_generated
 from modeling_scdiva.fresh_model import fresh_model
+from modeling_scdiva.size_law_scdiva import fit_size_law
 from modeling_scdiva.tasks import complete_cells, denoise_cells, generate_cells, marker_reward
+from modeling_scdiva.tasks.cells import read_cells
 from tokenization_scdiva import synthetic_cells, synthetic_tokenizer
 
 CONFIG = Path(__file__).parent / "configs" / "tiny.json"
@@ -66,7 +68,12 @@ def load(arguments: argparse.Namespace) -> tuple[anndata.AnnData | None, Any, An
         print("No --checkpoint: random weights. Their cells mean nothing.")
         cells = synthetic_cells(n_cells=60) if cells is None else cells
         tokenizer = synthetic_tokenizer(cells, max_genes=64)
-        return cells, fresh_model(json.loads(CONFIG.read_text("utf-8")), tokenizer), tokenizer
+        model = fresh_model(json.loads(CONFIG.read_text("utf-8")), tokenizer)
+        read = read_cells(cells, tokenizer=tokenizer)
+        limits = {"max_genes": tokenizer.max_genes, "target_sum": tokenizer.target_sum}
+        size_law = fit_size_law(read.n_genes, read.library_size, **limits)
+        model.generation_config = model.generation_config.updated(size_law=size_law)
+        return cells, model, tokenizer
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     model = ScDivaForMaskedDiffusion.from_pretrained(arguments.checkpoint)
     if cells is None and arguments.mode != "new":

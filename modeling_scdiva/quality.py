@@ -87,7 +87,8 @@ def train_quality_head(
 
     Args:
         model: A diffusion model with a quality head.
-        batches: Masked batches of a training corpus; read until ``n_steps`` are done.
+        batches: Masked batches of a training corpus; read until ``n_steps`` are done. One without a hidden
+            gene is no step.
         arguments: Run numbers.
 
     Returns:
@@ -103,9 +104,11 @@ def train_quality_head(
     optimizer = torch.optim.AdamW(model.quality_head.parameters(), lr=arguments.learning_rate)
     losses: list[float] = []
     for step, batch in enumerate(batches):
-        if step == arguments.n_steps:
+        if len(losses) == arguments.n_steps:
             break
         logits, is_right = judged_draws(model, batch, arguments, step=step)
+        if not len(is_right):
+            continue
         loss = nn.functional.binary_cross_entropy_with_logits(logits, is_right.float())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

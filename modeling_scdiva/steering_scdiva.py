@@ -90,6 +90,24 @@ class Steering:
             )
             raise ValueError(msg)
 
+    def describe(self) -> dict[str, Any]:
+        """Say in plain values what steers, for the record of generated cells.
+
+        Returns:
+            ``kind`` and the numbers that go with it.
+        """
+        if self.classifier is not None and self.labels is not None:
+            names = self.classifier.config.id2label
+            wanted = sorted({str(names[label]) for label in self.labels.tolist()})
+            return {"kind": "classifier", "classifier_scale": self.classifier_scale, "labels": wanted}
+        name = getattr(self.reward, "__name__", type(self.reward).__name__)
+        return {
+            "kind": "reward",
+            "reward": name,
+            "n_particles": self.n_particles,
+            "resample": self.resample,
+        }
+
     @property
     def gene_bias(self) -> Callable[[CellState], SlotBias] | None:
         """What the denoiser calls at each look; None without a classifier."""

@@ -128,6 +128,9 @@ def test_cells_drawn_towards_markers(run, checkpoint, tmp_path):
         assert set(made.obs["n_network_calls"]) <= {8, 16, 24, 32}  # of all particles of a cell
         places = made.var["gene_symbols"].isin(["GENE3", "GENE4", "GENE5"]).to_numpy()
         means[weight] = made.X[:, places].mean()
+        said = made.uns["scdiva"]["steering"]
+        assert said["reward"] == f"marker_reward(GENE3, GENE4, GENE5; weight={weight:g})"
+        assert (said["kind"], said["n_particles"], said["resample"]) == ("reward", 8, "steps")
     assert means[20.0] > means[0.0] + 0.5
 
 
@@ -156,6 +159,8 @@ def test_real_cells_are_completed(run, checkpoint, data, tmp_path):
     assert (drawn <= 48).all()
     run(GENERATE, mode="complete", n_genes=64, steps=2)  # random weights
     assert (read_generated(tmp_path / "generated.h5ad", "complete_cells").X.getnnz(axis=1) == 64).all()
+    run(GENERATE, mode="complete", steps=2)
+    assert read_generated(tmp_path / "generated.h5ad", "complete_cells").n_obs == 60
 
 
 def test_what_the_network_does_not_know_is_said(run, checkpoint):

@@ -165,6 +165,20 @@ def test_the_batches_of_training_are_taken(fresh_tiny_model, tokenizer, corpus_f
     assert losses[-1] < losses[0]
 
 
+def test_a_batch_without_hidden_genes_is_no_step(small_network):
+    batches = list(itertools.islice(batches_of_few_genes(0), 3))
+    empty = batches[0] | {"labels": torch.full_like(batches[0]["labels"], -100)}
+    hidden = empty["input_ids"] == MASK
+    empty["input_ids"] = torch.where(hidden, batches[0]["labels"], empty["input_ids"])
+    arguments = QualityArguments(n_steps=2)
+    judges = [with_quality_head(small_network()) for _ in range(2)]
+    losses = train_quality_head(judges[0], [empty, *batches], arguments=arguments)
+    assert len(losses) == 2
+    assert all(0 < loss < 2 for loss in losses)
+    with pytest.raises(ValueError, match="ended after 0 of 2 steps"):
+        train_quality_head(judges[1], [empty, empty], arguments=arguments)
+
+
 # --- what changes ---
 
 

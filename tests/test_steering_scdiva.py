@@ -74,6 +74,19 @@ def test_the_pull_is_the_slope_of_the_classifier(classifier, state):
     classifier.float()
 
 
+def test_steering_says_what_it_is(classifier):
+    classifier.config.id2label = {0: "B", 1: "T", 2: "NK"}
+    steering = Steering(classifier=classifier, labels=torch.tensor([2, 0, 2]), classifier_scale=1.5)
+    assert steering.describe() == {"kind": "classifier", "classifier_scale": 1.5, "labels": ["B", "NK"]}
+    steering = Steering(reward=lambda *_: torch.zeros(1), n_particles=4, resample="end")
+    assert steering.describe() == {
+        "kind": "reward",
+        "reward": "<lambda>",
+        "n_particles": 4,
+        "resample": "end",
+    }
+
+
 def test_small_steps_of_the_embedding_do_what_the_pull_says(classifier, state):
     """Real genes, first order: with an embedding table shrunk to a point the prediction becomes exact."""
     small = ScDivaForSequenceClassification(classifier.config).eval()

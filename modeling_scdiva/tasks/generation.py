@@ -96,7 +96,7 @@ def generate_cells(
         names,
         library_size,
         columns,
-        _provenance("generate_cells", model, tokenizer, settings),
+        _provenance("generate_cells", model, tokenizer, settings, options),
     )
 
 
@@ -135,7 +135,7 @@ def denoise_cells(
         ranking_weights=tokenizer.ranking_weights,
         **options,
     )
-    provenance = _provenance("denoise_cells", model, tokenizer, settings) | {"strength": strength}
+    provenance = _provenance("denoise_cells", model, tokenizer, settings, options) | {"strength": strength}
     return _as_anndata(made, tokenizer, adata.obs, cells.library_size, columns, provenance)
 
 
@@ -179,7 +179,7 @@ def complete_cells(
         ranking_weights=tokenizer.ranking_weights,
         **options,
     )
-    provenance = _provenance("complete_cells", model, tokenizer, settings)
+    provenance = _provenance("complete_cells", model, tokenizer, settings, options)
     return _as_anndata(made, tokenizer, adata.obs, cells.library_size, columns, provenance)
 
 
@@ -204,6 +204,7 @@ def marker_reward(
         is_marker = torch.isin(input_ids, markers.to(input_ids.device)) & attention_mask.bool()
         return weight * (expression_values * is_marker).sum(dim=1).double() / len(markers)
 
+    reward.__name__ = f"marker_reward({', '.join(genes)}; weight={weight:g})"  # for uns["scdiva"]
     return reward
 
 
@@ -375,15 +376,18 @@ def _as_anndata(
     return adata
 
 
-def _provenance(task: str, model: Any, tokenizer: CellTokenizer, settings: Any) -> dict[str, Any]:
-    """Say what made cells: task, checkpoint, vocabulary, versions and every setting but the size law."""
+def _provenance(
+    task: str, model: Any, tokenizer: CellTokenizer, settings: Any, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Say what made cells: task, checkpoint, vocabulary, versions and all settings but the size law."""
     checkpoint = getattr(model.config, "_name_or_path", "") or ""
     chosen = {name: value for name, value in settings.to_dict().items() if value is not None}
     chosen.pop("size_law", None)
+    steering = options.get("steering")
     return {
         "task": task,
         "checkpoint": checkpoint.rstrip("/").rsplit("/", 1)[-1],
         "vocabulary_hash": tokenizer.vocabulary.content_hash,
         "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
         "settings": chosen,
-    }
+    } | ({} if steering is None else {"steering": steering.describe()})
