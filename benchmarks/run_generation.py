@@ -7,14 +7,15 @@
     python benchmarks/run_generation.py ... --task cost
 
 calls: closeness to held-out cells against the number of network calls. correctors: orders, schedules,
-    re-masking
-and entropy bounds at equal calls. guidance: agreement and diversity over guidance scales. completion: 10, 50
-and 90 % observed. cost: a generated cell in embedding forwards. Real cells come from the corpus: held-out
-cells from its validation split, reference cells from its training split. Every run writes a new JSON.
+re-masking (by a quality head where the checkpoint has one or --quality_steps trains one) and entropy bounds
+at equal calls. guidance: agreement and diversity over guidance scales. completion: 10, 50 and 90 % observed.
+cost: a generated cell in embedding forwards. Real cells come from the corpus: held-out cells from its
+validation split, reference cells from its training split. Every run writes a new JSON.
 """
 
 import argparse
 import time
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from modeling_scdiva.evaluation.completion import evaluate_completion
 from modeling_scdiva.evaluation.generation import evaluate_generation, joint_umap
 from modeling_scdiva.evaluation.guidance import evaluate_guidance
 from modeling_scdiva.provenance import result_path
+from modeling_scdiva.quality import QualityArguments, train_quality_head, with_quality_head
 from modeling_scdiva.tasks import embed_cells, generate_cells
-from tokenization_scdiva import CellCorpus
+from tokenization_scdiva import CellCorpus, corpus_loader
 
 N_REPEATS = 5
 
@@ -50,9 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64, help="calls of the other tasks")
     parser.add_argument("--skip_full", action="store_true", help="calls: leave one call per gene out")
     parser.add_argument("--scvi", action="store_true", help="draw from scVI, too: minutes")
-    parser.add_argument(
-        "--quality", action="store_true", help="correctors: the checkpoint has a quality head"
-    )
+    parser.add_argument("--quality_steps", type=int, default=0, help="correctors: train a quality head first")
     parser.add_argument("--bf16", action="store_true", help="run the network in bfloat16")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -68,7 +68,7 @@ def real_cells(arguments: argparse.Namespace, tokenizer: Any, split: str, n_cell
     return corpus.to_anndata(np.sort(rows).tolist(), tokenizer)
 
 
-def settings_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def settings_of(arguments: argparse.Namespace, *, has_quality_head: bool) -> dict[str, dict[str, Any]]:
     """Name the settings that are compared."""
     if arguments.task == "calls":
         named = {f"scDiVa, {n} calls": {"steps": n} for n in arguments.calls}
@@ -88,10 +88,27 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "entropy bound 10": {"order": "entropy", "entropy_bound": 10.0},
         "entropy bound 20": {"order": "entropy", "entropy_bound": 20.0},
     }
-    if arguments.quality:
+    if has_quality_head:
         for rate in (0.02, 0.1):
             named[f"quality re-masking {rate:g}"] = {"steps": steps, "remask": "quality", "remask_rate": rate}
     return named
+
+
+def add_quality_head(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    """Train a quality head on masked training cells; the network stays as it is."""
+    loader = corpus_loader(
+        arguments.corpus,
+        "train",
+        tokenizer=tokenizer,
+        batch_size=arguments.batch_size,
+        conditions=model.config.conditions,
+        objective=model.config.objective,
+    )
+    judge = with_quality_head(model, seed=arguments.seed)
+    run = QualityArguments(n_steps=arguments.quality_steps, seed=arguments.seed)
+    losses = train_quality_head(judge, chain.from_iterable(repeat(loader)), arguments=run)
+    print(f"Quality head: loss {np.mean(losses[:50]):.3f} -> {np.mean(losses[-50:]):.3f} nats per gene.")
+    return judge.eval()
 
 
 def compare_settings(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -99,7 +116,7 @@ def compare_settings(arguments: argparse.Namespace, model: Any, tokenizer: Any) 
     held_out = real_cells(arguments, tokenizer, "validation", 10**9)
     reference = real_cells(arguments, tokenizer, "train", held_out.n_obs)
     generated, seconds = {}, {}
-    for method, settings in settings_of(arguments).items():
+    for method, settings in settings_of(arguments, has_quality_head=model.quality_head is not None).items():
         start = time.perf_counter()
         generated[method] = generate_cells(
             arguments.n_cells,
@@ -139,7 +156,7 @@ def measure_cost(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> d
     reading = {"library_size": sizes, "min_gene_overlap": 0.0, "min_count_overlap": 0.0}
     lengths = np.diff(next(tokenizer.iter_cells(cells, block_size=cells.n_obs, **reading)).offsets)
     embedding, generation = [], []
-    for repeat in range(N_REPEATS):
+    for seed in range(N_REPEATS):
         start = time.process_time()
         embed_cells(cells, model=model, tokenizer=tokenizer, batch_size=arguments.batch_size, **reading)
         embedding.append(time.process_time() - start)
@@ -152,7 +169,7 @@ def measure_cost(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> d
             library_size=sizes,
             steps=arguments.steps,
             batch_size=arguments.batch_size,
-            seed=repeat,
+            seed=seed,
         )
         generation.append(time.process_time() - start)
     ratios = np.array(generation) / np.array(embedding)
@@ -193,6 +210,8 @@ def main() -> None:
         corpus = CellCorpus(arguments.corpus, "train", ranking_settings=tokenizer.ranking_settings)
         size_law = corpus.size_law(tokenizer.max_genes)
         model.generation_config = model.generation_config.updated(size_law=size_law)
+    if arguments.task == "correctors" and arguments.quality_steps:
+        model = add_quality_head(arguments, model, tokenizer)
     if arguments.task in ("calls", "correctors"):
         result = compare_settings(arguments, model, tokenizer)
     elif arguments.task == "cost":

@@ -155,7 +155,7 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
                 'or re-mask at random: remask="random".'
             )
             raise ValueError(msg)
-        return self.quality_head(hidden_states).squeeze(-1).float()
+        return self.quality_head(hidden_states.to(self.quality_head.weight.dtype)).squeeze(-1).float()
 
     def decode_genes(
         self, cell_embeddings: torch.Tensor, gene_ids: torch.Tensor

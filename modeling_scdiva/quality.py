@@ -58,7 +58,8 @@ def with_quality_head(model: ScDivaForMaskedDiffusion, *, seed: int = 0) -> ScDi
         seed: Of the head's weights; the global generator is left as it was.
 
     Returns:
-        The same network on the same device and in the same mode, with a head.
+        The same network on the same device, in the same mode and precision, with a head in float32: in
+        bfloat16 it could not learn small steps.
 
     Raises:
         ValueError: If it has one.
@@ -73,7 +74,7 @@ def with_quality_head(model: ScDivaForMaskedDiffusion, *, seed: int = 0) -> ScDi
         torch.manual_seed(seed)
         head = nn.Linear(model.config.hidden_size, 1)
         twin._init_weights(head)
-    twin.quality_head = head.to(device=model.device, dtype=model.dtype)
+    twin.quality_head = head.to(model.device)
     return twin
 
 

@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_generation_examples.py
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -239,9 +240,7 @@ def test_generation_over_calls(benchmark_result):
 
 
 def test_generation_with_correctors(benchmark_result):
-    result = benchmark_result(
-        "run_generation.py", "--quality", "--bf16", task="correctors", steps=6, n_cells=10
-    )
+    result = benchmark_result("run_generation.py", "--bf16", task="correctors", steps=6, n_cells=10)
     rows = {row["method"]: row for row in result["numbers"]}
     assert len(rows) == 14
     assert {"rank order", "re-masking 0.1", "quality re-masking 0.1", "entropy bound 20"} <= set(rows)
@@ -249,6 +248,21 @@ def test_generation_with_correctors(benchmark_result):
     assert rows["entropy bound 20"]["n_network_calls"] > 6.0
     distances = {row["energy_distance"] for row in rows.values()}
     assert len(distances) == 14  # every setting reaches the sampler
+
+
+def test_a_quality_head_is_trained_where_there_is_none(
+    benchmark_result, fresh_tiny_model, checkpoint, tmp_path
+):
+    folder = tmp_path / "without"
+    shutil.copytree(checkpoint, folder)
+    conditions = {"cell_type": TYPES, "library_size": [400.0, 700.0]}
+    fresh_tiny_model(objective="elbo", conditions=conditions).save_pretrained(folder)
+    options = {"task": "correctors", "checkpoint": folder, "steps": 2, "n_cells": 6, "batch_size": 8}
+    assert len(benchmark_result("run_generation.py", **options)["numbers"]) == 12
+    judged = benchmark_result(
+        "run_generation.py", "--bf16", **options, quality_steps=30
+    )  # longer than one epoch
+    assert methods(judged["numbers"])[-2:] == ["quality re-masking 0.02", "quality re-masking 0.1"]
 
 
 def test_generation_of_types(benchmark_result):

@@ -211,7 +211,12 @@ def test_a_copy_of_half_precision_keeps_its_frequencies(small_network, small_cel
     small_network().save_pretrained(tmp_path)
     model = ScDivaForMaskedDiffusion.from_pretrained(tmp_path, dtype=torch.bfloat16)
     twin = with_quality_head(model)
-    assert twin.dtype == twin.quality_head.weight.dtype == torch.bfloat16
+    assert twin.dtype == torch.bfloat16
+    assert twin.quality_head.weight.dtype == torch.float32
+    assert twin.predict_quality(torch.zeros(2, 3, model.config.hidden_size, dtype=torch.bfloat16)).shape == (
+        2,
+        3,
+    )
     for (name, one), (other_name, other) in zip(model.named_buffers(), twin.named_buffers(), strict=True):
         assert name == other_name
         assert one.dtype == other.dtype
