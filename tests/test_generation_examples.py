@@ -242,12 +242,12 @@ def test_generation_over_calls(benchmark_result):
 def test_generation_with_correctors(benchmark_result):
     result = benchmark_result("run_generation.py", "--bf16", task="correctors", steps=6, n_cells=10)
     rows = {row["method"]: row for row in result["numbers"]}
-    assert len(rows) == 14
+    assert len(rows) == 16
     assert {"rank order", "re-masking 0.1", "quality re-masking 0.1", "entropy bound 20"} <= set(rows)
     assert 5.0 < rows["random order"]["n_network_calls"] <= 6.0
     assert rows["entropy bound 20"]["n_network_calls"] > 6.0
     distances = {row["energy_distance"] for row in rows.values()}
-    assert len(distances) == 14  # every setting reaches the sampler
+    assert len(distances) == 16  # every setting reaches the sampler
 
 
 def test_a_quality_head_is_trained_where_there_is_none(
@@ -258,7 +258,7 @@ def test_a_quality_head_is_trained_where_there_is_none(
     conditions = {"cell_type": TYPES, "library_size": [400.0, 700.0]}
     fresh_tiny_model(objective="elbo", conditions=conditions).save_pretrained(folder)
     options = {"task": "correctors", "checkpoint": folder, "steps": 2, "n_cells": 6, "batch_size": 8}
-    assert len(benchmark_result("run_generation.py", **options)["numbers"]) == 12
+    assert len(benchmark_result("run_generation.py", **options)["numbers"]) == 14
     judged = benchmark_result(
         "run_generation.py", "--bf16", **options, quality_steps=30
     )  # longer than one epoch
