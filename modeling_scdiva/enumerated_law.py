@@ -7,6 +7,8 @@ Dimensions: M cells of the law, B cells in a batch, S = L + 1 positions, V genes
 """
 
 import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,3 +130,36 @@ class EnumeratedLaw:
     def quality(self, encoded: torch.Tensor, cells: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """(n,) zeros: every gene is as good as the others."""
         return torch.zeros(len(cells), dtype=torch.float64)
+
+
+class RecordingLaw(EnumeratedLaw):
+    """Remembers the states it was asked about, in ``asked``."""
+
+    def __init__(self, n_genes: int = 6, n_slots: int = 4, **settings: Any) -> None:
+        super().__init__(n_genes, n_slots, **settings)
+        self.asked: list[CellState] = []
+
+    def encode(self, state: CellState) -> torch.Tensor:
+        """Remember, and look up."""
+        self.asked.append(state)
+        return super().encode(state)
+
+
+class SharedNoise:
+    """Noise of many cells from one generator: faster than `CellNoise`, but the batch changes the draws.
+
+    Args:
+        seed: Of the generator.
+        coins: For each look at the cells, the number that decides how many genes are hidden again.
+    """
+
+    def __init__(self, seed: int, coins: Iterable[float] | None = None) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.coins = None if coins is None else iter(coins)
+
+    def uniforms(self, rows: torch.Tensor, is_attended: torch.Tensor, n_streams: int) -> torch.Tensor:
+        """(n_streams, B, S) float64 in [0, 1)."""
+        drawn = torch.rand(n_streams, *is_attended.shape, generator=self.generator, dtype=torch.float64)
+        if self.coins is not None:
+            drawn[4] = next(self.coins)
+        return drawn

@@ -11,19 +11,9 @@ import torch
 from scipy import stats
 
 from modeling_scdiva.bound_scdiva import estimate_bound, exact_log_prob, masked_nats
-from modeling_scdiva.enumerated_law import EnumeratedLaw
+from modeling_scdiva.enumerated_law import EnumeratedLaw, SharedNoise
 from modeling_scdiva.unmask_scdiva import UnmaskSettings, unmask
 from modeling_scdiva.value_law_scdiva import count_log_prob, counts_from_values, values_from_counts
-
-
-class SharedNoise:
-    """Noise of many cells from one generator, for speed."""
-
-    def __init__(self, seed):
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def uniforms(self, rows, is_attended, n_streams):
-        return torch.rand(n_streams, *is_attended.shape, generator=self.generator, dtype=torch.float64)
 
 
 def all_counts(n_counts=25):

@@ -14,22 +14,12 @@ import pytest
 import torch
 
 from modeling_scdiva.bound_scdiva import BoundEstimate, estimate_bound, exact_log_prob, masked_nats
-from modeling_scdiva.enumerated_law import LAT, MASK, N_SPECIAL, PAD, EnumeratedLaw
+from modeling_scdiva.enumerated_law import LAT, MASK, N_SPECIAL, PAD, EnumeratedLaw, RecordingLaw, SharedNoise
 from modeling_scdiva.sampling_scdiva import CellNoise
 from modeling_scdiva.unmask_scdiva import CellState
 from modeling_scdiva.value_law_scdiva import count_log_prob, values_from_counts
 
 TOYS = [(6, 4), (5, 3), (5, 5), (4, 1)]
-
-
-class SharedNoise:
-    """Noise of many cells from one generator, for speed."""
-
-    def __init__(self, seed):
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def uniforms(self, rows, is_attended, n_streams):
-        return torch.rand(n_streams, *is_attended.shape, generator=self.generator, dtype=torch.float64)
 
 
 class Uniform(EnumeratedLaw):
@@ -39,18 +29,6 @@ class Uniform(EnumeratedLaw):
         logits = torch.zeros(len(cells), self.vocab_size, dtype=torch.float64)
         logits[:, :N_SPECIAL] = -torch.inf
         return logits
-
-
-class Recording(EnumeratedLaw):
-    """Remembers what it was asked."""
-
-    def __init__(self, *arguments, **settings):
-        super().__init__(*arguments, **settings)
-        self.asked = []
-
-    def encode(self, state):
-        self.asked.append(state)
-        return super().encode(state)
 
 
 class LongCells:
@@ -287,7 +265,7 @@ def law_of_sizes(n_slots):
 
 
 def test_masks_are_uniform_given_their_size_and_sizes_fill_their_strata():
-    law = Recording(5, 3)
+    law = RecordingLaw(5, 3)
     n_cells, n_draws = 4000, 6
     state = law.clean_cells().select(torch.zeros(n_cells, dtype=torch.long))
     estimate = estimate_bound(state, law, SharedNoise(0), n_draws=n_draws, rows_at_once=n_cells)
@@ -320,7 +298,7 @@ def test_masks_are_uniform_given_their_size_and_sizes_fill_their_strata():
 
 
 def test_independent_draws_follow_the_law_of_sizes():
-    law = Recording(5, 3)
+    law = RecordingLaw(5, 3)
     state = law.clean_cells().select(torch.zeros(3000, dtype=torch.long))
     estimate_bound(state, law, SharedNoise(0), n_draws=4, rows_at_once=3000, is_stratified=False)
     for asked in law.asked:

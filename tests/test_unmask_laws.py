@@ -14,40 +14,11 @@ import pytest
 import torch
 from scipy import stats
 
-from modeling_scdiva.enumerated_law import MASK, N_SPECIAL, EnumeratedLaw
+from modeling_scdiva.enumerated_law import MASK, N_SPECIAL, EnumeratedLaw, RecordingLaw, SharedNoise
 from modeling_scdiva.sampling_scdiva import ORDERS, hidden_after
 from modeling_scdiva.unmask_scdiva import UnmaskSettings, unmask
 
 N_DRAWS = 200_000
-
-
-class SharedNoise:
-    """Noise of many cells from one generator, for speed.
-
-    ``coins`` sets, for each step, the number that decides how many genes are hidden again.
-    """
-
-    def __init__(self, seed, coins=None):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.coins = None if coins is None else iter(coins)
-
-    def uniforms(self, rows, is_attended, n_streams):
-        drawn = torch.rand(n_streams, *is_attended.shape, generator=self.generator, dtype=torch.float64)
-        if self.coins is not None:
-            drawn[4] = next(self.coins)
-        return drawn
-
-
-class Recording(EnumeratedLaw):
-    """Remembers what it was asked."""
-
-    def __init__(self, *arguments, **settings):
-        super().__init__(*arguments, **settings)
-        self.asked = []
-
-    def encode(self, state):
-        self.asked.append(state)
-        return super().encode(state)
 
 
 def p_value(drawn, probabilities):
@@ -287,7 +258,7 @@ def test_remasking_pairs_of_genes_keeps_the_law(rate):
 
 def test_a_step_that_hides_as_many_as_it_reveals_leaves_the_law_of_masked_cells():
     """Steps that the schedule leaves idle exchange one gene; the others hide none."""
-    law = Recording(5, 3)
+    law = RecordingLaw(5, 3)
     n_steps = 12
     left = [
         int(hidden_after(torch.tensor(3), step, n_steps=n_steps, schedule="linear")) for step in range(13)

@@ -13,33 +13,15 @@ import pytest
 import torch
 from scipy import stats
 
-from modeling_scdiva.enumerated_law import LAT, MASK, N_SPECIAL, PAD, EnumeratedLaw
+from modeling_scdiva.enumerated_law import LAT, MASK, N_SPECIAL, PAD, EnumeratedLaw, RecordingLaw, SharedNoise
 from modeling_scdiva.rank_bounds_scdiva import RankBounds
 from modeling_scdiva.sampling_scdiva import ORDERS, CellNoise, hidden_after
 from modeling_scdiva.unmask_scdiva import CellState, UnmaskSettings, excluded_genes, unmask
 from modeling_scdiva.value_law_scdiva import count_log_prob, counts_from_values, values_from_counts
 
 
-class SharedNoise:
-    """Noise of many cells from one generator, for speed."""
-
-    def __init__(self, seed):
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def uniforms(self, rows, is_attended, n_streams):
-        return torch.rand(n_streams, *is_attended.shape, generator=self.generator, dtype=torch.float64)
-
-
-class Recording(EnumeratedLaw):
-    """Remembers what it was asked; the worst gene is the one with the highest id."""
-
-    def __init__(self, *arguments, **settings):
-        super().__init__(*arguments, **settings)
-        self.asked = []
-
-    def encode(self, state):
-        self.asked.append(state)
-        return super().encode(state)
+class Recording(RecordingLaw):
+    """The worst gene is the one with the highest id."""
 
     def quality(self, encoded, cells, places):
         return -self.asked[-1].input_ids[cells, places].double()
