@@ -116,7 +116,7 @@ def add_quality_head(arguments: argparse.Namespace, model: Any, tokenizer: Any) 
 def compare_settings(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Generate with each setting and score against held-out cells."""
     held_out = real_cells(arguments, tokenizer, "validation", 10**9)
-    reference = real_cells(arguments, tokenizer, "train", held_out.n_obs)
+    reference = real_cells(arguments, tokenizer, "train", held_out.n_obs + arguments.n_cells)
     generated, seconds = {}, {}
     for method, settings in settings_of(arguments, has_quality_head=model.quality_head is not None).items():
         start = time.perf_counter()

@@ -115,14 +115,18 @@ def test_real_cells_are_as_close_as_the_floor_and_those_of_random_weights_are_no
     assert 0.3 < table.at[FLOOR, "nn_accuracy"] < 0.7
     assert 0.9 < table.at[FLOOR, "mean_pearson"] < 0.9999  # not the held-out half itself
     assert table.at["generated", "energy_distance"] > 5 * abs(table.at[FLOOR, "energy_distance"]) > 0
-    assert table["n_held_out"].tolist() == [80, 80]
-    again = compare_generated(as_generated(cells, tokenizer), cells, tokenizer=tokenizer, seed=1)
+    assert table["n_held_out"].tolist() == [54, 54]
+    assert table["n_generated"].tolist() == [24, 24]
+    same = cells[np.random.default_rng(5).permutation(160)[:24]]
+    again = compare_generated(as_generated(same, tokenizer), cells, tokenizer=tokenizer, seed=1)
     assert again.at["generated", "nn_accuracy"] < 0.7
     assert again.at["generated", "mean_pearson"] > 0.95
     assert again.loc[FLOOR].equals(table.loc[FLOOR])
 
 
-def test_evaluation_has_floor_and_baselines(reference, held_out, made, tokenizer, tmp_path):
+def test_evaluation_has_floor_and_baselines(made, tokenizer, tmp_path):
+    cells = synthetic_cells(n_cells=220, n_genes=120, seed=4)
+    reference, held_out = cells[:160].copy(), cells[160:].copy()
     bare = as_generated(held_out, tokenizer)
     del bare.layers["counts"]
     result = evaluate_generation(
@@ -157,15 +161,28 @@ def test_evaluation_has_floor_and_baselines(reference, held_out, made, tokenizer
     assert set(file["columns"]) <= {*numbers["toy", "scDiVa"]}
     plain = evaluate_generation({"a": made}, reference=reference, held_out=held_out, tokenizer=tokenizer)
     assert [row["method"] for row in plain["baselines"]] == [FLOOR, "gene marginals"]
-    assert plain["details"]["n_generated"] == 24
+    assert plain["details"]["n_generated"] == plain["baselines"][0]["n_generated"] == 24
+    assert plain["details"]["n_reference"] == 136
+    with pytest.raises(ValueError, match=r"24 generated cells need 48 reference cells.*Got 40"):
+        evaluate_generation({"a": made}, reference=held_out[:40], held_out=held_out, tokenizer=tokenizer)
+
+
+def test_the_floor_is_not_what_the_components_were_fitted_to(tokenizer):
+    cells = synthetic_cells(n_cells=560, n_genes=120, seed=4)
+    cells.X.data = np.random.default_rng(0).permutation(cells.X.data)  # no structure but noise
+    made, held_out, reference = cells[:140].copy(), cells[140:280].copy(), cells[280:].copy()
+    made = as_generated(made, tokenizer)
+    result = evaluate_generation({"a": made}, reference=reference, held_out=held_out, tokenizer=tokenizer)
+    floor = result["baselines"][0]
+    assert 0.35 < floor["nn_accuracy"] < 0.65
+    assert 0.35 < floor["auc_forest"] < 0.65
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_scvi(), reason="scvi-tools is not installed: scdiva[eval-full]")
 def test_scvi_stands_beside_where_it_is_wanted(reference, held_out, made, tokenizer):
-    result = evaluate_generation(
-        {"a": made}, reference=reference, held_out=held_out, tokenizer=tokenizer, include_scvi=True
-    )
+    how = {"reference": reference, "held_out": held_out, "tokenizer": tokenizer}
+    result = evaluate_generation({"a": made}, include_scvi=True, **how)
     rows = {row["method"]: row for row in result["baselines"]}
     assert set(rows) == {FLOOR, "gene marginals", "scVI, posterior of training cells", "scVI, prior"}
     assert (

@@ -83,7 +83,7 @@ def test_new_cells_of_random_weights(run, tmp_path, capsys):
     run(GENERATE, n_cells=12, steps=3, seed=2)
     out = capsys.readouterr().out
     assert "No --checkpoint: random weights. Their cells mean nothing." in out
-    assert "real cells (reference)" in out
+    assert "other real cells" in out
     assert out.strip().splitlines()[-1].startswith("Wrote generated.h5ad: 12 cells, ")
     assert out.strip().endswith(" genes a cell, 3 network calls a cell.")
     made = read_generated(tmp_path / "generated.h5ad", "generate_cells")
@@ -103,7 +103,7 @@ def test_new_cells_of_a_condition(run, checkpoint, tmp_path, capsys):
     settings = made.uns["scdiva"]["settings"]
     assert (settings["guidance_scale"], settings["temperature"]) == (1.5, 0.9)
     assert len(set(made.obs["library_size"])) > 4  # drawn
-    assert "real cells (reference)" not in capsys.readouterr().out  # nothing to compare with
+    assert "other real cells" not in capsys.readouterr().out  # nothing to compare with
 
 
 def test_new_cells_like_those_of_a_file(run, checkpoint, data, tmp_path, capsys):
@@ -111,7 +111,7 @@ def test_new_cells_like_those_of_a_file(run, checkpoint, data, tmp_path, capsys)
     sizes = set(np.asarray(anndata.read_h5ad(data).X.sum(axis=1)).ravel())
     made = read_generated(tmp_path / "generated.h5ad", "generate_cells")
     assert set(made.obs["library_size"]) <= sizes
-    assert "real cells (reference)" in capsys.readouterr().out
+    assert "other real cells" in capsys.readouterr().out
     run(GENERATE, checkpoint=checkpoint, data=data, n_cells=12, steps=2, n_genes=7, library_size=333)
     made = read_generated(tmp_path / "generated.h5ad", "generate_cells")
     assert (made.X.getnnz(axis=1) == 7).all()
@@ -231,7 +231,7 @@ def test_generation_over_calls(benchmark_result):
     assert calls[0] == 1.0 < calls[1] <= 3.0  # fewer only for cells of one or two genes
     assert 20 < calls[2] <= 48
     assert methods(result["baselines"]) == [
-        "real cells (reference)", "gene marginals", "gene marginals per type",
+        "other real cells", "gene marginals", "gene marginals per type",
     ]  # fmt: skip
     assert result["details"]["n_held_out"] == result["details"]["n_reference"] == 41
     assert set(result["details"]["seconds"]) == set(methods(result["numbers"]))

@@ -1,13 +1,14 @@
 """How close generated cells come to real ones, beside generators without a network and beside real cells.
 
 All cells are compared as the tokenizer keeps them: vocabulary genes, cut at `max_genes`, log1p of counts by
-the library size over all genes. The floor is a second set of real cells; no generator can be expected below
-it.
+the library size over all genes. The floor is a second set of as many real cells; no generator can be expected
+below it.
 
 Notable choices:
 - Baselines draw counts of the vocabulary genes and of one column for all other genes together, so that their
   library sizes, and with them the normalised values, are their own.
-- The projection, the choice of genes and all baselines see the reference cells only.
+- The projection, the choice of genes and all baselines see the reference cells only, and these are not the
+  floor: the cells to which components are fitted spread further along them than others do.
 
 Dimensions: N cells of a set, G genes of the vocabulary.
 Source: METHOD.md section 5.
@@ -25,7 +26,7 @@ from modeling_scdiva.evaluation.figures import draw_umap
 from modeling_scdiva.metrics.generation import fit_projection, generation_scores
 from modeling_scdiva.metrics.generation_baselines import independent_marginals, scvi_draws, type_marginals
 
-FLOOR = "real cells (reference)"
+FLOOR = "other real cells"
 COLUMNS = (
     "data", "method", "mmd", "energy_distance", "nn_accuracy", "auc_forest", "detection_pearson",
     "mean_pearson", "correlation_error", "zero_fraction_difference", "detected_genes_distance",
@@ -37,7 +38,8 @@ NOTE = (
     "detection rates and means per gene, 1 is best; RMS error of the gene-gene correlations, 0 is best; "
     "difference of the share of zeros; Wasserstein distance of the number of detected genes and of the log "
     "library size over kept genes; frequency of the genes that less than 1 % of the reference cells detect, "
-    "and median variance per gene, each over that of real cells, 1 is best. The reference is the floor."
+    "and median variance per gene, each over that of real cells, 1 is best. As many other real cells are the "
+    "floor."
 )
 
 
@@ -79,25 +81,23 @@ def generated_profile(adata: anndata.AnnData) -> tuple[csr_matrix, csr_matrix | 
 def compare_generated(
     made: anndata.AnnData, real: anndata.AnnData, *, tokenizer: Any, seed: int = 0
 ) -> pd.DataFrame:
-    """Compare generated cells with one half of real ones, and the other half with it.
+    """Compare generated cells with one third of real ones, and a second third with it.
 
     Args:
         made: Cells by `generate_cells`.
-        real: AnnData with raw counts, at least 20 cells.
+        real: AnnData with raw counts, at least 30 cells. Principal components are those of the last third.
         tokenizer: The tokenizer they were made with.
-        seed: Of the halves.
+        seed: Of the thirds.
 
     Returns:
-        DataFrame, a row for the generated cells and one for the reference half, a column per score.
+        DataFrame, a row for the generated cells and one for other real cells, a column per score.
     """
-    order = np.random.default_rng(seed).permutation(real.n_obs)
-    half = len(order) // 2
-    reference, held_out = (
-        kept_profile(real[np.sort(rows)], tokenizer) for rows in (order[:half], order[half:])
-    )
+    thirds = np.array_split(np.random.default_rng(seed).permutation(real.n_obs), 3)
+    thirds[1] = thirds[1][: made.n_obs]
+    held_out, floor, reference = (kept_profile(real[np.sort(rows)], tokenizer) for rows in thirds)
     rows = {
         "generated": _scores(generated_profile(made), held_out, reference[0], seed),
-        FLOOR: _scores(reference, held_out, reference[0], seed),
+        FLOOR: _scores(floor, held_out, reference[0], seed),
     }
     return pd.DataFrame(rows).T
 
@@ -117,7 +117,8 @@ def evaluate_generation(
 
     Args:
         generated: Name of a generator -> its cells, by `generate_cells`.
-        reference: Real training cells, raw counts in X; baselines are fitted on them.
+        reference: Real training cells, raw counts in X. As many as were generated, drawn at random, are the
+            floor; baselines are fitted on the others.
         held_out: Real cells to compare with.
         tokenizer: The tokenizer of the model.
         name: Of the data, for the table.
@@ -127,15 +128,28 @@ def evaluate_generation(
 
     Returns:
         Result as `modeling_scdiva.evaluation.report` describes it.
+
+    Raises:
+        ValueError: If fewer reference cells would be left than are taken for the floor.
     """
-    real, known = kept_profile(held_out, tokenizer), kept_profile(reference, tokenizer)
     n_cells = max(made.n_obs for made in generated.values())
+    if reference.n_obs < 2 * n_cells:
+        msg = (
+            f"{n_cells:,} generated cells need {2 * n_cells:,} reference cells: as many are the floor, the "
+            f"others fit the baselines. Got {reference.n_obs:,}."
+        )
+        raise ValueError(msg)
+    order = np.random.default_rng(seed).permutation(reference.n_obs)
+    floor, reference = (reference[np.sort(rows)].copy() for rows in (order[:n_cells], order[n_cells:]))
+    real, known = kept_profile(held_out, tokenizer), kept_profile(reference, tokenizer)
     rows = []
     for method, made in generated.items():
         scores = _scores(generated_profile(made), real, known[0], seed)
         calls = float(made.obs["n_network_calls"].mean()) if "n_network_calls" in made.obs else None
         rows.append({"data": name, "method": method, "n_network_calls": calls} | scores)
-    baselines = [{"data": name, "method": FLOOR} | _scores(known, real, known[0], seed)]
+    baselines = [
+        {"data": name, "method": FLOOR} | _scores(kept_profile(floor, tokenizer), real, known[0], seed)
+    ]
     labels = None if label_key is None else reference.obs[label_key].astype(str).to_numpy()
     draws = draw_baselines(
         reference, n_cells, labels=labels, tokenizer=tokenizer, include_scvi=include_scvi, seed=seed
