@@ -31,7 +31,7 @@ from modeling_scdiva.evaluation.generation import evaluate_generation, joint_uma
 from modeling_scdiva.evaluation.guidance import evaluate_guidance
 from modeling_scdiva.provenance import result_path
 from modeling_scdiva.quality import QualityArguments, train_quality_head, with_quality_head
-from modeling_scdiva.tasks import embed_cells, generate_cells
+from modeling_scdiva.tasks import conditions_from_obs, embed_cells, generate_cells
 from tokenization_scdiva import CellCorpus, corpus_loader
 
 N_REPEATS = 5
@@ -117,8 +117,16 @@ def compare_settings(arguments: argparse.Namespace, model: Any, tokenizer: Any) 
     """Generate with each setting and score against held-out cells."""
     held_out = real_cells(arguments, tokenizer, "validation", 10**9)
     reference = real_cells(arguments, tokenizer, "train", held_out.n_obs + arguments.n_cells)
+    named = settings_of(arguments, has_quality_head=model.quality_head is not None)
+    if arguments.task == "calls" and "cell_type" in (model.config.conditions or {}):
+        rows = np.random.default_rng(arguments.seed).integers(reference.n_obs, size=arguments.n_cells)
+        named[f"scDiVa, {arguments.steps} calls, types and depths of training cells"] = {
+            "steps": arguments.steps,
+            "conditions": conditions_from_obs(reference[rows], model),
+            "library_size": reference.obs["library_size"].to_numpy()[rows],
+        }
     generated, seconds = {}, {}
-    for method, settings in settings_of(arguments, has_quality_head=model.quality_head is not None).items():
+    for method, settings in named.items():
         start = time.perf_counter()
         generated[method] = generate_cells(
             arguments.n_cells,
