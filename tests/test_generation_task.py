@@ -268,8 +268,9 @@ def test_conditions_are_read_from_real_cells(conditional, model, adata):
     assert conditions_from_obs(cells, conditional) == {}
     assert conditions_from_obs(adata, model) == {}
     cells.obs["cell_type"] = [None, "type_1"] * 10
-    with pytest.raises(ValueError, match=r"obs\['cell_type'\] \(condition\) is missing for 10 of 20 cells"):
-        conditions_from_obs(cells, conditional)
+    assert conditions_from_obs(cells, conditional) == {"cell_type": [None, "type_1"] * 10}
+    cells.obs["cell_type"] = pd.Categorical(["type_0", np.nan] * 10)
+    assert conditions_from_obs(cells, conditional) == {"cell_type": ["type_0", None] * 10}
 
 
 # --- cells edited ---

@@ -25,7 +25,6 @@ from modeling_scdiva.tasks.cells import (
     CellTokenizer,
     TokenizedCells,
     check_vocabulary,
-    obs_column,
     read_cells,
     refuse_path,
 )
@@ -216,15 +215,15 @@ def conditions_from_obs(adata: Any, model: Any) -> dict[str, Any]:
         model: A network with conditions.
 
     Returns:
-        Name -> (N,) categories, for those columns that are there; a category that the network does not know
-        is None.
+        Name -> (N,) categories, for those columns that are there; None, the condition left open, where a cell
+        has no entry or one that the network does not know.
     """
     known = model.config.conditions or {}
     found = {}
     for name in known:
         if name != LIBRARY_SIZE and name in adata.obs:
-            column = obs_column(adata, name, what="condition")
-            found[name] = [entry if entry in known[name] else None for entry in column]
+            column = adata.obs[name].astype(object)
+            found[name] = [str(entry) if str(entry) in known[name] else None for entry in column]
     return found
 
 
