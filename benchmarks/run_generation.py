@@ -28,7 +28,7 @@ from modeling_scdiva import ScDivaForMaskedDiffusion
 from modeling_scdiva.evaluation import print_result, write_result
 from modeling_scdiva.evaluation.completion import evaluate_completion
 from modeling_scdiva.evaluation.generation import evaluate_generation, joint_umap
-from modeling_scdiva.evaluation.guidance import evaluate_guidance
+from modeling_scdiva.evaluation.guidance import evaluate_guidance, frequent_types
 from modeling_scdiva.provenance import result_path
 from modeling_scdiva.quality import QualityArguments, train_quality_head, with_quality_head
 from modeling_scdiva.tasks import conditions_from_obs, embed_cells, generate_cells
@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--task", choices=["calls", "correctors", "guidance", "completion", "cost"], required=True
     )
-    parser.add_argument("--n_cells", type=int, default=256, help="cells generated in each setting")
+    parser.add_argument("--n_cells", type=int, default=256, help="cells of each setting, all types together")
     parser.add_argument("--calls", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
     parser.add_argument("--steps", type=int, default=64, help="calls of the other tasks")
     parser.add_argument("--skip_full", action="store_true", help="calls: leave one call per gene out")
@@ -215,31 +215,35 @@ def main() -> None:
     output = result_path(arguments.output, arguments.name or f"generation_{arguments.task}")
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    model = ScDivaForMaskedDiffusion.from_pretrained(arguments.checkpoint, dtype=dtype).eval()
+    model: Any = ScDivaForMaskedDiffusion.from_pretrained(arguments.checkpoint, dtype=dtype).eval()
     if model.generation_config.size_law is None:
         corpus = CellCorpus(arguments.corpus, "train", ranking_settings=tokenizer.ranking_settings)
         size_law = corpus.size_law(tokenizer.max_genes)
         model.generation_config = model.generation_config.updated(size_law=size_law)
+    how = {
+        "model": model,
+        "tokenizer": tokenizer,
+        "steps": arguments.steps,
+        "batch_size": arguments.batch_size,
+        "seed": arguments.seed,
+    }
     if arguments.task == "correctors" and arguments.quality_steps:
         model = add_quality_head(arguments, model, tokenizer)
     if arguments.task in ("calls", "correctors"):
         result = compare_settings(arguments, model, tokenizer)
     elif arguments.task == "cost":
         result = measure_cost(arguments, model, tokenizer)
-    else:
-        reference = real_cells(arguments, tokenizer, "train", 10**9 if arguments.task == "guidance" else 2000)
-        n_held_out = 10**9 if arguments.task == "guidance" else arguments.n_cells
-        held_out = real_cells(arguments, tokenizer, "validation", n_held_out)
-        evaluate = evaluate_guidance if arguments.task == "guidance" else evaluate_completion
-        result = evaluate(
-            reference,
-            held_out,
-            model=model,
-            tokenizer=tokenizer,
-            steps=arguments.steps,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
+    elif arguments.task == "guidance":
+        reference, held_out = (
+            real_cells(arguments, tokenizer, name, 10**9) for name in ("train", "validation")
         )
+        types = frequent_types(reference.obs["cell_type"], held_out.obs["cell_type"])
+        per_type = max(1, arguments.n_cells // max(1, len(types)))
+        result = evaluate_guidance(reference, held_out, n_cells_per_type=per_type, **how)
+    else:
+        reference = real_cells(arguments, tokenizer, "train", 2000)
+        held_out = real_cells(arguments, tokenizer, "validation", arguments.n_cells)
+        result = evaluate_completion(reference, held_out, **how)
     print_result(result)
     figures = result.pop("figures", {})
     print(f"Wrote {write_result(result, output, f'generation_{arguments.task}', figures)}.")

@@ -39,15 +39,24 @@ done
 # The generator goes on from the first, with the arithmetic of the sort given instead of learnt.
 pretrain generator examples/configs/elbo.json "$LONG_STEPS" --init_checkpoint "$RUN/elbo"
 
-measure() { "$PYTHON" "benchmarks/$1" --checkpoint "$RUN/generator" --corpus "$RUN/corpus" "${@:2}"; }
-measure run_generation.py --task calls --scvi
-measure run_generation.py --task correctors --n_cells 128
-measure run_generation.py --task guidance
-measure run_generation.py --task completion --n_cells 64
-measure run_generation.py --task cost
-measure run_likelihood.py --task files --n_cells 20
-measure run_likelihood.py --task spoilt --data "$DATA/pbmc_facs_zheng2017.h5ad" --mouse "$DATA/mouse_endocrinogenesis.h5ad"
-measure run_likelihood.py --task scvi
-measure run_likelihood.py --task exact --n_cells 2
-"$PYTHON" benchmarks/run_likelihood.py --checkpoint "$RUN/elbo" --other "$RUN/paper" --corpus "$RUN/corpus" \
-    --task objectives --n_cells 20
+[[ "$PRECISION" == bf16 ]] && fast=(--bf16) || fast=()
+measure() {  # script, checkpoint, further arguments
+    "$PYTHON" "benchmarks/$1" --checkpoint "$RUN/$2" --corpus "$RUN/corpus" "${@:3}"
+}
+generation() { measure run_generation.py "$1" --task "$2" "${fast[@]}" "${@:3}"; }
+likelihood() { measure run_likelihood.py "$1" --task "$2" "${@:3}"; }
+generation generator calls --scvi --n_cells 192
+generation generator correctors --n_cells 96 --quality_steps 300
+generation generator guidance
+generation generator completion --n_cells 64
+measure run_generation.py generator --task cost
+for objective in elbo paper; do
+    generation "$objective" calls --calls 64 --skip_full --n_cells 128 --name "generation_$objective"
+done
+likelihood generator files --n_cells 15
+likelihood generator spoilt --n_cells 40 --data "$DATA/pbmc_facs_zheng2017.h5ad" --mouse "$DATA/mouse_endocrinogenesis.h5ad"
+likelihood generator scvi --n_cells 10
+likelihood generator exact --n_cells 1
+likelihood elbo objectives --n_cells 10 --other "$RUN/paper"
+"$PYTHON" benchmarks/run_denoising.py --model "$RUN/generator" --corpus "$RUN/corpus" \
+    --output "benchmarks/results/$(date +%F)_denoising_generator.json"
