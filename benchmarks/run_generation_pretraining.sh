@@ -47,7 +47,7 @@ generation() { measure run_generation.py "$1" --task "$2" "${fast[@]}" "${@:3}";
 likelihood() { measure run_likelihood.py "$1" --task "$2" "${@:3}"; }
 generation generator calls --scvi --n_cells 192
 generation generator correctors --n_cells 96 --quality_steps 300
-generation generator guidance
+generation generator guidance --n_cells 130
 generation generator completion --n_cells 64
 measure run_generation.py generator --task cost
 for objective in elbo paper; do
