@@ -2,14 +2,16 @@
 
     python benchmarks/run_likelihood.py --checkpoint runs/elbo/scdiva --corpus runs/elbo/corpus --task files
     python benchmarks/run_likelihood.py ... --task spoilt --data pbmc.h5ad --mouse mouse.h5ad
+    python benchmarks/run_likelihood.py ... --task labels --dataset pbmc
     python benchmarks/run_likelihood.py ... --task scvi
     python benchmarks/run_likelihood.py ... --task exact
     python benchmarks/run_likelihood.py ... --task objectives --other runs/paper/scdiva
 
 files: nats of held-out cells of each file of the corpus. spoilt: shuffled, doubled, contaminated, thinned and
-mouse cells told from normal ones. scvi: the marginal likelihood of scVI on the same held-out cells and genes,
-cells that fit the network only. exact: the exact likelihood of samplers that draw 1, 4, 19 and 38 genes at a
-step. objectives: two checkpoints of equal training on the same masks. Every run writes a new JSON.
+mouse cells told from normal ones; of a file of the corpus the held-out cells only. labels: wrong cell types
+of held-out cells of a file of the corpus. scvi: the marginal likelihood of scVI on the same held-out cells
+and genes, cells that fit the network only. exact: the exact likelihood of samplers that draw 1, 4, 19 and 38
+genes at a step. objectives: two checkpoints of equal training on the same masks. Every run writes a new JSON.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from transformers import AutoTokenizer
 
 from modeling_scdiva import ScDivaForMaskedDiffusion
 from modeling_scdiva.evaluation import print_result, write_result
+from modeling_scdiva.evaluation.label_errors import evaluate_label_errors
 from modeling_scdiva.evaluation.likelihood import (
     compare_objectives,
     evaluate_exact,
@@ -33,6 +36,8 @@ from modeling_scdiva.evaluation.scoring import evaluate_scoring
 from modeling_scdiva.provenance import result_path
 from tokenization_scdiva import CellCorpus, corpus_loader
 
+TASKS = ("files", "spoilt", "labels", "scvi", "exact", "objectives")
+
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
@@ -41,9 +46,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, help="trained folder")
     parser.add_argument("--corpus", type=Path, required=True, help="the corpus it was trained on")
-    parser.add_argument("--task", choices=["files", "spoilt", "scvi", "exact", "objectives"], required=True)
+    parser.add_argument("--task", choices=list(TASKS), required=True)
     parser.add_argument("--data", type=Path, help="spoilt: h5ad with raw counts")
     parser.add_argument("--mouse", type=Path, help="spoilt: h5ad of mouse cells; symbols are upper-cased")
+    parser.add_argument("--dataset", help="labels: name of the file in the corpus, without its ending")
     parser.add_argument("--other", help="objectives: the checkpoint to compare with")
     parser.add_argument("--n_cells", type=int, default=100, help="cells of each kind")
     parser.add_argument("--n_draws", type=int, default=128, help="network calls per cell")
@@ -89,6 +95,11 @@ def spoilt(arguments: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]
     if arguments.mouse is not None:
         others["mouse cells"] = human_names(anndata.read_h5ad(arguments.mouse))
     cells = anndata.read_h5ad(arguments.data)
+    corpus = CellCorpus(arguments.corpus, "validation", ranking_settings=how["tokenizer"].ranking_settings)
+    origin = corpus.to_anndata(range(len(corpus)), how["tokenizer"]).obs
+    of_file = origin.loc[origin["dataset"] == arguments.data.stem, "cell_index"]
+    if len(of_file):  # the others were trained on
+        cells = cells[np.sort(of_file.to_numpy())].copy()
     return evaluate_scoring(
         cells,
         name=arguments.data.stem,
@@ -97,6 +108,17 @@ def spoilt(arguments: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]
         others=others,
         **how,
     )
+
+
+def labels(arguments: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
+    """Look for wrong cell types of held-out cells of one file."""
+    name = arguments.dataset
+    parts = []
+    for split, n_cells in (("train", 10**9), ("validation", arguments.n_cells)):
+        chosen = argparse.Namespace(**vars(arguments) | {"n_cells": n_cells})
+        cells = held_out_cells(chosen, how["tokenizer"], split)
+        parts.append(cells[cells.obs["dataset"] == name].copy())
+    return evaluate_label_errors(*parts, name=name, seed=arguments.seed, **how)
 
 
 def objectives(arguments: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
@@ -127,6 +149,8 @@ def main() -> None:
     }
     if arguments.task == "spoilt":
         result = spoilt(arguments, how)
+    elif arguments.task == "labels":
+        result = labels(arguments, how)
     elif arguments.task == "objectives":
         result = objectives(arguments, how)
     else:

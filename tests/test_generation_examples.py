@@ -333,6 +333,25 @@ def test_likelihoods_of_spoilt_cells(benchmark_result, data, tmp_path):
     assert result["details"]["nll_per_cell"]["mouse cells"]["n_cells"] == 8
 
 
+def test_only_held_out_cells_of_a_file_of_the_corpus_are_spoilt(
+    benchmark_result, cell_files, corpus_folder, tokenizer
+):
+    corpus = CellCorpus(corpus_folder, "validation", ranking_settings=tokenizer.ranking_settings)
+    n_held_out = int((corpus.to_anndata(range(len(corpus)), tokenizer).obs["dataset"] == "first").sum())
+    with pytest.raises(
+        ValueError, match=f"40 cells at least, half of them to fit detectors, got {n_held_out}."
+    ):
+        benchmark_result("run_likelihood.py", task="spoilt", data=cell_files["first"], n_draws=2, n_cells=8)
+
+
+def test_wrong_labels_of_a_file_of_the_corpus(benchmark_result):
+    result = benchmark_result("run_likelihood.py", task="labels", dataset="first", n_draws=2, n_cells=15)
+    assert methods(result["numbers"]) == ["scDiVa, log-probability of the label"]
+    assert len(result["baselines"]) == 3
+    (row,) = result["numbers"]
+    assert (row["data"], row["n_normal"] + row["n_abnormal"]) == ("first", 15)
+
+
 def test_mouse_genes_get_human_names(run):
     script = runpy.run_path(str(ROOT / "benchmarks" / "run_likelihood.py"))
     mouse = anndata.AnnData(np.arange(8, dtype=np.float32).reshape(2, 4))

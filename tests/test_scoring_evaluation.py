@@ -198,7 +198,10 @@ def test_scores_stand_beside_detectors(cells, how, tmp_path):
     baselines = {(row["data"], row["method"]): row for row in result["baselines"]}
     kinds = [*SPOILT, "another study"]
     assert set(numbers) == {(f"toy: {kind}", method) for kind in kinds for method in (PER_CELL, PER_TOKEN)}
-    assert set(baselines) == {(f"toy: {kind}", method) for kind in kinds for method in DETECTORS}
+    assert set(baselines) == {
+        *((f"toy: {kind}", method) for kind in kinds for method in DETECTORS),
+        ("toy: doublets", "Scrublet"),
+    }
     for row in [*numbers.values(), *baselines.values()]:
         assert row["auroc_low"] <= row["auroc"] <= row["auroc_high"]
         assert row["n_normal"] == row["n_abnormal"] == 16
@@ -232,6 +235,7 @@ def test_cells_that_lose_every_molecule_are_left_out(cells, how):
     counts[counts.sum(axis=1) == 0, 0] = 1
     shallow = anndata.AnnData(csr_matrix(counts.astype(np.float32)), var=cells.var.copy())
     result = evaluate_scoring(shallow, max_test_cells=40, **how)
+    assert result["details"]["scrublet_left_out"]
     rows = {(row["data"], row["method"]): row for row in result["numbers"]}
     thinned = rows["cells: thinned", PER_CELL]
     assert thinned["n_normal"] == 40

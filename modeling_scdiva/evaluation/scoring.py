@@ -2,8 +2,8 @@
 
 Normal cells are held-out cells of a file; spoilt ones are made of them: genes shuffled within a cell,
 doublets of the depth of one parent, ambient molecules mixed in, molecules lost. Detectors are fitted on the
-other cells of the file; the model is as it came and has seen none of them here. Scores are higher for worse
-cells.
+other cells of the file; the model is as it came, so pass cells that it was not trained on. Scores are higher
+for worse cells.
 
 Notable choices:
 - Depth alone tells much, so a detector that sees only depth stands beside every number, and the likelihood is
@@ -19,9 +19,14 @@ from typing import Any
 
 import anndata
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 
-from modeling_scdiva.metrics.outlier_baselines import DepthDetector, KNNDistanceDetector, PCAResidualDetector
+from modeling_scdiva.metrics.outlier_baselines import (
+    DepthDetector,
+    KNNDistanceDetector,
+    PCAResidualDetector,
+    scrublet_scores,
+)
 from modeling_scdiva.metrics.outlier_cells import (
     add_ambient,
     detection_scores,
@@ -103,6 +108,7 @@ def evaluate_scoring(
         **estimation,
     }
     scored = {kind: _all_scores(group, detectors, how) for kind, group in {"": normal, **kinds}.items()}
+    details = _add_scrublet(scored, training, normal, kinds["doublets"], seed)
     rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for kind in kinds:
         is_whole = len(scored[kind][PER_CELL]) == n_test  # none was left out
@@ -120,7 +126,8 @@ def evaluate_scoring(
         "details": {
             "nll_per_cell": {kind or "normal": _summary(entry[PER_CELL]) for kind, entry in scored.items()},
             "nll_per_token": {kind or "normal": _summary(entry[PER_TOKEN]) for kind, entry in scored.items()},
-        },
+        }
+        | details,
     }
 
 
@@ -183,6 +190,22 @@ def _all_scores(
         PER_TOKEN: table["scdiva_nll_per_token"].to_numpy(),
     }
     return scores | {method: detector.score_cells(cells.X) for method, detector in detectors.items()}
+
+
+def _add_scrublet(
+    scored: dict[str, dict[str, np.ndarray]],
+    training: anndata.AnnData,
+    normal: anndata.AnnData,
+    doublets: anndata.AnnData,
+    seed: int,
+) -> dict[str, Any]:
+    """Let Scrublet look for the doublets, if scanpy is there and the cells have enough genes."""
+    try:
+        scores = scrublet_scores(training.X, csr_matrix(vstack([normal.X, doublets.X])), seed=seed)
+    except (ImportError, ValueError) as error:
+        return {"scrublet_left_out": str(error)}
+    scored[""]["Scrublet"], scored["doublets"]["Scrublet"] = np.split(scores, [normal.n_obs])
+    return {}
 
 
 def _summary(nats: np.ndarray) -> dict[str, float]:
