@@ -48,7 +48,7 @@ likelihood() { measure run_likelihood.py "$1" --task "$2" "${@:3}"; }
 generation generator calls --scvi --n_cells 192
 generation generator correctors --n_cells 96 --quality_steps 300
 generation generator guidance --n_cells 130
-generation generator completion --n_cells 64
+generation generator completion --n_cells 32
 measure run_generation.py generator --task cost
 for objective in elbo paper; do
     generation "$objective" calls --calls 64 --skip_full --n_cells 128 --name "generation_$objective"
