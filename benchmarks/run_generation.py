@@ -50,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n_cells", type=int, default=256, help="cells of each setting, all types together")
     parser.add_argument("--calls", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
     parser.add_argument("--steps", type=int, default=64, help="calls of the other tasks")
+    parser.add_argument("--only", nargs="+", help="correctors: these settings, by name")
     parser.add_argument("--skip_full", action="store_true", help="calls: leave one call per gene out")
     parser.add_argument("--scvi", action="store_true", help="draw from scVI, too: minutes")
     parser.add_argument("--quality_steps", type=int, default=0, help="correctors: train a quality head first")
@@ -93,7 +94,11 @@ def settings_of(arguments: argparse.Namespace, *, has_quality_head: bool) -> dic
     if has_quality_head:
         for rate in (0.02, 0.1):
             named[f"quality re-masking {rate:g}"] = {"steps": steps, "remask": "quality", "remask_rate": rate}
-    return named
+    unknown = set(arguments.only or ()) - set(named)
+    if unknown:
+        msg = f"No settings of these names: {sorted(unknown)}. Known: {list(named)}."
+        raise SystemExit(msg)
+    return {name: named[name] for name in arguments.only or named}
 
 
 def add_quality_head(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:

@@ -254,6 +254,16 @@ def test_generation_with_correctors(benchmark_result):
     assert len(distances) == 16  # every setting reaches the sampler
 
 
+def test_some_correctors_by_name(benchmark_result):
+    options = {"task": "correctors", "steps": 2, "n_cells": 8}
+    result = benchmark_result("run_generation.py", **options, only=["top-p 0.9", "random order"])
+    assert methods(result["numbers"]) == ["top-p 0.9", "random order"]
+    with pytest.raises(
+        SystemExit, match=r"No settings of these names: \['top-p 2'\]. Known: \['random order'"
+    ):
+        benchmark_result("run_generation.py", **options, only="top-p 2")
+
+
 def test_a_quality_head_is_trained_where_there_is_none(
     benchmark_result, fresh_tiny_model, checkpoint, tmp_path
 ):
