@@ -48,7 +48,7 @@ likelihood() { measure run_likelihood.py "$1" --task "$2" "${@:3}"; }
 generation generator calls --scvi --n_cells 192
 generation generator correctors --n_cells 96 --quality_steps 300
 generation generator correctors --n_cells 192 --seed 1 --name generation_correctors_again \
-    --only "random order" "top-p 0.9" "random order, cosine schedule" "temperature 0.8"
+    --only "random order" "top-p 0.9"
 generation generator guidance --n_cells 130
 generation generator completion --n_cells 32
 measure run_generation.py generator --task cost
@@ -56,7 +56,7 @@ for objective in elbo paper; do
     generation "$objective" calls --calls 64 --skip_full --n_cells 128 --name "generation_$objective"
 done
 likelihood generator files --n_cells 15
-likelihood generator spoilt --n_cells 40 --data "$DATA/pbmc_facs_zheng2017.h5ad" --mouse "$DATA/mouse_endocrinogenesis.h5ad"
+likelihood generator spoilt --n_cells 30 --n_draws 64 --data "$DATA/pbmc_facs_zheng2017.h5ad" --mouse "$DATA/mouse_endocrinogenesis.h5ad"
 likelihood generator labels --n_cells 60 --n_draws 16 --dataset pbmc_facs_zheng2017
 likelihood generator scvi --n_cells 10
 likelihood generator exact --n_cells 1
