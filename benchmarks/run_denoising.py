@@ -18,6 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -66,9 +67,18 @@ def fit_baselines(corpus: CellCorpus, tokenizer: Any) -> DenoisingBaselines:
     return fitter.finish()
 
 
-def masked_batches(corpus: CellCorpus, tokenizer: Any, arguments: argparse.Namespace) -> Iterator[Any]:
+def masked_batches(
+    corpus: CellCorpus, tokenizer: Any, arguments: argparse.Namespace, objective: str
+) -> Iterator[Any]:
     """Yield every held-out cell with fixed masks, once per draw."""
-    collator = ScDivaDataCollator.from_tokenizer(tokenizer, seed=arguments.seed, depth_corruption="none")
+    collator = ScDivaDataCollator.from_tokenizer(
+        tokenizer,
+        seed=arguments.seed,
+        depth_corruption="none",
+        condition_dropout=(0.0, 0.0),
+        objective=objective,
+        mean_n_genes=float(np.minimum(corpus.n_genes, tokenizer.max_genes).mean()),
+    )
     settings = {"batch_size": arguments.batch_size, "max_genes": tokenizer.max_genes, "seed": arguments.seed}
     sampler = CellBatchSampler(corpus.n_genes, **settings, shuffle=False)
     for draw in range(arguments.n_mask_draws):
@@ -156,11 +166,16 @@ def main() -> None:
     model = ScDivaForMaskedDiffusion.from_pretrained(arguments.model).to(arguments.device).eval()
     check_vocabulary(model, tokenizer)
     splits = {
-        split: CellCorpus(arguments.corpus, split, ranking_settings=tokenizer.ranking_settings)
+        split: CellCorpus(
+            arguments.corpus,
+            split,
+            ranking_settings=tokenizer.ranking_settings,
+            conditions=model.config.conditions,
+        )
         for split in ("train", "validation")
     }
     baselines = fit_baselines(splits["train"], tokenizer)
-    batches = masked_batches(splits["validation"], tokenizer, arguments)
+    batches = masked_batches(splits["validation"], tokenizer, arguments, model.config.objective)
     with_lattice = tokenizer.gene_order != "random" and splits["train"].value_kind == "counts"
     losses = evaluate_denoising(batches, baselines=baselines, model=model, with_lattice=with_lattice)
     numbers = report_denoising(losses)

@@ -75,6 +75,25 @@ def test_denoising(
     assert again["gene_loss"]["model"]["n_cells"] == 2 * n_cells
 
 
+def test_denoising_of_a_network_trained_on_the_bound(
+    fresh_tiny_model: Callable[..., ScDivaForMaskedDiffusion],
+    model_folder: Path,
+    corpus_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"objective": "elbo", "exclude_unfit_genes": True, "value_head": "gene"}
+    conditions = {"cell_type": ["type_0", "type_1"], "library_size": [400.0]}
+    fresh_tiny_model(**settings, conditions=conditions).save_pretrained(model_folder)
+    arguments = {"model": model_folder, "corpus": corpus_folder, "batch_size": 8, "device": "cpu"}
+    result = run("run_denoising.py", monkeypatch, tmp_path / "elbo.json", **arguments)
+    # Without training, it knows which genes fit between visible neighbours, and no more.
+    losses = {name: entry["mean"] for name, entry in result["gene_loss"].items()}
+    assert 1.0 < losses["model"] < losses["uniform_excluding_visible"] - 0.5
+    # Squared errors, not nats of counts: those of an untrained network are about the squares of the values.
+    assert 0.1 < result["expression_loss"]["model"]["mean"] < 30
+
+
 @pytest.fixture
 def labelled_folder(tmp_path: Path) -> Path:
     """Three files under the names the script knows, none of them in the corpus."""

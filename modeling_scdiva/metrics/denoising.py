@@ -69,7 +69,7 @@ def evaluate_denoising(
             inputs = {name: entry.to(model.device) for name, entry in batch.items() if name != "timestep"}
             outputs = model(**inputs)
             gene["model"] = outputs.cell_gene_loss.cpu()
-            expression["model"] = outputs.cell_expression_loss.cpu()
+            expression["model"] = _squared_errors(outputs.expression_predictions, inputs).cpu()
         rows.append((gene, expression, batch["timestep"]))
     if was_training:
         model.train()
@@ -81,6 +81,13 @@ def evaluate_denoising(
         expression={name: _joined(row[1][name] for row in rows) for name in rows[0][1]},
         timestep=_joined(row[2] for row in rows),
     )
+
+
+def _squared_errors(predictions: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Mean squared error (B,) of hidden values, whatever the objective made of them."""
+    is_hidden = inputs["labels"] != IGNORED_LABEL
+    squares = (predictions - inputs["expression_labels"]).double().square() * is_hidden
+    return squares.sum(dim=1) / is_hidden.sum(dim=1).clamp(min=1)
 
 
 def _lattice_losses(
