@@ -160,7 +160,8 @@ def main() -> None:
         elif arguments.task == "exact":
             result = evaluate_exact(cells, **how)
         else:
-            training = held_out_cells(arguments, tokenizer, "train")
+            corpus = CellCorpus(arguments.corpus, "train", ranking_settings=tokenizer.ranking_settings)
+            training = corpus.to_anndata(range(len(corpus)), tokenizer)  # all that the network saw
             result = evaluate_scvi(training, cells, seed=arguments.seed, **how)
     print_result(result)
     print(f"Wrote {write_result(result, output, f'likelihood_{arguments.task}', {})}.")
