@@ -47,8 +47,6 @@ generation() { measure run_generation.py "$1" --task "$2" "${fast[@]}" "${@:3}";
 likelihood() { measure run_likelihood.py "$1" --task "$2" "${@:3}"; }
 generation generator calls --scvi --n_cells 192
 generation generator correctors --n_cells 96 --quality_steps 300
-generation generator correctors --n_cells 192 --seed 1 --name generation_correctors_again \
-    --only "random order" "top-p 0.9"
 generation generator guidance --n_cells 130
 generation generator completion --n_cells 32
 measure run_generation.py generator --task cost
