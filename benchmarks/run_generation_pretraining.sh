@@ -55,7 +55,7 @@ for objective in elbo paper; do
 done
 likelihood generator files --n_cells 15
 likelihood generator spoilt --n_cells 30 --n_draws 64 --data "$DATA/pbmc_facs_zheng2017.h5ad" --mouse "$DATA/mouse_endocrinogenesis.h5ad"
-likelihood generator labels --n_cells 60 --n_draws 16 --dataset pbmc_facs_zheng2017
+likelihood generator labels --n_cells 60 --n_draws 8 --dataset pbmc_facs_zheng2017
 likelihood generator scvi --n_cells 10 --name likelihood_scvi_all_cells
 likelihood generator exact --n_cells 1
 likelihood elbo objectives --n_cells 10 --other "$RUN/paper"
