@@ -115,8 +115,7 @@ def evaluate_scoring(
         is_paired = is_whole and kind not in (others or {}) and kind != "doublets"
         for method, scores in scored[kind].items():
             row = detection_scores(scored[""][method], scores, is_paired=is_paired, seed=seed)
-            named = {"data": f"{name}: {kind}", "method": method} | row
-            rows[method in (PER_CELL, PER_TOKEN)].append(named)
+            rows[method in (PER_CELL, PER_TOKEN)].append({"data": f"{name}: {kind}", "method": method} | row)
     return {
         "title": "Scoring cells",
         "numbers": rows[True],
