@@ -66,9 +66,8 @@ def regressions(measured: dict[str, Any], stored: dict[str, Any]) -> list[str]:
             old = before.get(line["name"])
             if old is None or not line["is_compared"]:
                 continue
-            worse = (
-                old["value"] / line["value"] if line["better"] == "higher" else line["value"] / old["value"]
-            )
+            ratio = line["value"] / old["value"]
+            worse = 1 / ratio if line["better"] == "higher" else ratio
             if worse > 1 + WORST_REGRESSION:
                 told.append(f"{stage}: {line['name']} was {old['value']:.3g}, is {line['value']:.3g}")
     return told
