@@ -6,7 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from tokenization_scdiva import (
     build_vocabulary,
     synthetic_cells,
 )
+from tokenization_scdiva.kernels_scdiva import compiled_kernels
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -36,6 +37,16 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("needs the real single-cell files in ../shared/data beside the checkout")
     return REAL_DATA
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a test by the compiled kernels, and again by plain NumPy."""
+    monkeypatch.setenv("SCDIVA_COMPILED", "1" if request.param == "compiled" else "0")
+    compiled_kernels.cache_clear()
+    assert (compiled_kernels() is not None) == (request.param == "compiled")
+    yield request.param
+    compiled_kernels.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ from tokenization_scdiva.corpus import CellBatch, CellDraw
 from tokenization_scdiva.ranking_scdiva import FlatCells, normalise_counts, rank_cells
 
 VOCAB_SIZE, LAT, MASK, PAD = 400, 2, 1, 0
+# Everything twice: compiled and by plain NumPy.
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def make_batch(n_cells=8, n_genes=100, *, seed=0, depth=2000, epoch=0):

@@ -16,6 +16,8 @@ import scipy.sparse as sp
 from tokenization_scdiva.counts_scdiva import Counts, read_counts
 
 N_CELLS, N_GENES = 23, 11
+# Everything twice: compiled and by plain NumPy.
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def make_counts(seed=0, n_cells=N_CELLS, n_genes=N_GENES):

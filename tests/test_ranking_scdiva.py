@@ -18,6 +18,8 @@ from tokenization_scdiva.ranking_scdiva import (
 )
 
 VOCAB_SIZE = 60
+# Everything twice: compiled and by plain NumPy.
+pytestmark = pytest.mark.usefixtures("kernels")
 ORDERS = ("entropy", "expression", "random")
 
 

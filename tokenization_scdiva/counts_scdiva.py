@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .kernels_scdiva import compiled_kernels
+
 logger = logging.getLogger(__name__)
 
 WHOLE_TOLERANCE = 1e-6  # largest distance from a whole number that is rounding, not a fraction
@@ -61,6 +63,11 @@ class CountBlock:
         Returns:
             (n,) int64 molecules for counts, float64 for log1p expression; 0 for empty cells.
         """
+        kernels = compiled_kernels()
+        if kernels is not None and self.data.dtype.kind == "i":
+            sums = np.empty(self.n_cells, dtype=np.int64)
+            kernels.row_sums(self.indptr, self.data, sums)
+            return sums
         dtype = np.int64 if self.data.dtype.kind == "i" else np.float64
         running = np.concatenate([np.zeros(1, dtype), np.cumsum(self.data, dtype=dtype)])
         return running[self.indptr[1:]] - running[self.indptr[:-1]]
@@ -350,11 +357,14 @@ def _slice_rows(matrix: Any, start: int, block_size: int) -> tuple[np.ndarray, n
 def _canonical(
     indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, n_genes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    is_rising = np.diff(indices) > 0
-    first_of_row = indptr[1:-1]
-    is_rising[first_of_row[(first_of_row > 0) & (first_of_row < len(indices))] - 1] = True
-    if is_rising.all():
+    if _is_canonical(indptr, indices, n_genes):
         return indptr, indices, values
+    if len(indices) and not 0 <= indices.min() <= indices.max() < n_genes:
+        msg = (
+            f"The sparse matrix names columns {indices.min()} to {indices.max()}, but has {n_genes} genes: "
+            "its index is damaged. Fetch the file again or leave it out."
+        )
+        raise ValueError(msg)
     rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
     keys = rows * np.int64(n_genes) + indices
     order = np.argsort(keys, kind="stable")
@@ -368,10 +378,38 @@ def _canonical(
     return np.searchsorted(rows, np.arange(len(indptr))), columns, values
 
 
+# Whether columns rise within every row: none twice, all in order, all of them columns of the matrix.
+def _is_canonical(indptr: np.ndarray, indices: np.ndarray, n_genes: int) -> bool:
+    kernels = compiled_kernels()
+    if kernels is not None:
+        return kernels.is_canonical(indptr, indices, n_genes)
+    is_rising = np.diff(indices) > 0
+    first_of_row = indptr[1:-1]
+    is_rising[first_of_row[(first_of_row > 0) & (first_of_row < len(indices))] - 1] = True
+    return bool(is_rising.all()) and (len(indices) == 0 or 0 <= indices.min() <= indices.max() < n_genes)
+
+
+# Convert float32 and float64 that are counts beyond doubt; None for anything else.
+def _whole_counts(values: np.ndarray, findings: _Findings) -> np.ndarray | None:
+    kernels = compiled_kernels()
+    if kernels is None or values.dtype not in (np.float32, np.float64):
+        return None
+    counts = np.empty(len(values), dtype=np.int32)
+    tolerance = values.dtype.type(WHOLE_TOLERANCE)
+    is_good, n_nonzero, largest = kernels.whole_counts(values, tolerance, LARGEST_COUNT, counts)
+    if not is_good:
+        return None
+    findings.n_values += n_nonzero
+    findings.largest = max(findings.largest, float(largest))
+    return counts
+
+
 # Look at every value and convert: int32 for counts, float32 for log1p; None if one is at fault.
 def _checked_values(
     values: np.ndarray, kind: Kind, findings: _Findings, example: Callable[[int], str]
 ) -> np.ndarray | None:
+    if kind == "counts" and (counts := _whole_counts(values, findings)) is not None:
+        return counts
     findings.n_values += int(np.count_nonzero(values))
     if values.size == 0:
         return values.astype(np.int32 if kind == "counts" else np.float32)

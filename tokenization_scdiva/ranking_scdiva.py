@@ -4,20 +4,26 @@ Cells travel through the package as flat, ragged arrays: one long array per quan
 where each cell begins. No Python object per cell and per gene, no padding before the very end.
 
 The sort is exact and total: score descending, ties by token id ascending. It therefore depends neither on the
-order of genes in a file nor on how cells are cut into blocks. A score and its token id are packed into one
-64-bit key, because NumPy sorts unsigned integers with vector instructions and needs no separate tie rule.
+order of genes in a file nor on how cells are cut into blocks. Compiled kernels do the work where numba is
+installed (`kernels_scdiva`); what stands here beside them is plain NumPy with the same result. There a score
+and its token id are packed into one 64-bit key: NumPy sorts unsigned integers with vector instructions, and
+no separate tie rule is needed.
 
 Dimensions: B cells, T gene tokens of all these cells together, V vocabulary.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .counts_scdiva import Counts
+from .kernels_scdiva import compiled_kernels
 
 TARGET_SUM = 10_000.0
+# Counts below this are looked up in a table of each cell; more of them are rare.
+TABLE_WIDTH = 64
+GENE_ORDERS = ("entropy", "expression", "random")
 TOKEN_BITS = np.uint64(32)
 TOKEN_MASK = np.uint64(0xFFFFFFFF)
 # Constants of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").
@@ -101,6 +107,34 @@ def normalise_counts(counts: np.ndarray, library_size: np.ndarray, target_sum: f
     return np.log1p(scaled).astype(np.float32)
 
 
+def cell_values(
+    offsets: np.ndarray, counts: np.ndarray, library_size: np.ndarray, target_sum: float
+) -> np.ndarray:
+    """Turn the molecules of cells into expression values; a cell has few different counts, and many genes.
+
+    Args:
+        offsets: (B + 1,) cell boundaries.
+        counts: (T,) integer molecules.
+        library_size: (B,) molecules of each cell, > 0 where it has counts.
+        target_sum: Molecules to which every cell is scaled.
+
+    Returns:
+        (T,) float32, those of `normalise_counts`.
+    """
+    kernels = compiled_kernels()
+    if kernels is None:
+        return normalise_counts(counts, np.repeat(library_size, np.diff(offsets)), target_sum)
+    small = np.tile(np.arange(TABLE_WIDTH), (len(library_size), 1))
+    sizes = np.maximum(library_size, 1.0)[:, None]  # an empty cell looks nothing up
+    table = normalise_counts(small, sizes, target_sum)  # (B, 64)
+    values = np.empty(len(counts), dtype=np.float32)
+    entries, rows = np.empty((2, len(counts)), dtype=np.int64)
+    n_beyond = kernels.look_up(offsets, counts, table, values, entries, rows)
+    entries, rows = entries[:n_beyond], rows[:n_beyond]
+    values[entries] = normalise_counts(counts[entries], library_size[rows], target_sum)
+    return values
+
+
 def score_keys(values: np.ndarray, token_ids: np.ndarray, ranking_weights: np.ndarray) -> np.ndarray:
     """Sort keys of the ranking score s = v / (H_g + eps); a smaller key ranks earlier.
 
@@ -152,14 +186,12 @@ def ranked_order(
     Returns:
         ``order`` (K,) int64 positions in the flat arrays, and the new ``offsets`` (B + 1,).
     """
-    lengths = np.diff(offsets)
-    kept = lengths if max_genes is None else np.minimum(lengths, max_genes)
-    new_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])
+    new_offsets = _cut_offsets(offsets, max_genes)
     order = np.empty(new_offsets[-1], dtype=np.int64)
     packed = keys.astype(np.uint64) << TOKEN_BITS | token_ids.astype(np.uint64)
     place_of_token = np.empty(vocab_size, dtype=np.int64)
     places = np.arange(len(token_ids), dtype=np.int64)
-    for cell, n_kept in enumerate(kept):  # one cell fits the processor's cache, a block of cells does not
+    for cell, n_kept in enumerate(np.diff(new_offsets)):  # a cell fits the cache, a block does not
         entries = slice(offsets[cell], offsets[cell + 1])
         place_of_token[token_ids[entries]] = places[entries]
         ranked_tokens = np.sort(packed[entries])[:n_kept] & TOKEN_MASK
@@ -185,17 +217,19 @@ def rank_cells(
     Raises:
         ValueError: If ``gene_order`` is none of the three.
     """
-    if gene_order == "entropy":
-        keys = score_keys(cells.values, cells.token_ids, ranking_weights)
-    elif gene_order == "expression":
-        keys = ~cells.values.view(np.uint32)
-    elif gene_order == "random":
-        keys = random_keys(cells.offsets, cells.token_ids, cells.values, seed)
-    else:
+    if gene_order not in GENE_ORDERS:
         msg = f"gene_order must be 'entropy', 'expression' or 'random', got {gene_order!r}."
         raise ValueError(msg)
+    keys = None
+    if gene_order == "random":
+        keys = random_keys(cells.offsets, cells.token_ids, cells.values, seed)
+    weights = ranking_weights if gene_order == "entropy" else np.ones(len(ranking_weights))
+    kernels = compiled_kernels()
+    if kernels is not None:
+        return _rank_compiled(kernels, cells, keys, weights, max_genes)
+    keys = score_keys(cells.values, cells.token_ids, weights) if keys is None else keys
     order, offsets = ranked_order(
-        cells.offsets, cells.token_ids, keys, max_genes=max_genes, vocab_size=len(ranking_weights)
+        cells.offsets, cells.token_ids, keys, max_genes=max_genes, vocab_size=len(weights)
     )
     return FlatCells(
         offsets=offsets,
@@ -204,6 +238,28 @@ def rank_cells(
         counts=None if cells.counts is None else cells.counts[order],
         library_size=cells.library_size,
     )
+
+
+def _rank_compiled(
+    kernels: Any, cells: FlatCells, keys: np.ndarray | None, weights: np.ndarray, max_genes: int | None
+) -> FlatCells:
+    """`rank_cells` in compiled code."""
+    offsets = _cut_offsets(cells.offsets, max_genes)
+    amounts = cells.values if cells.counts is None else cells.counts
+    given_keys = np.empty(0, np.uint32) if keys is None else keys
+    ranked = tuple(np.empty(offsets[-1], array.dtype) for array in (cells.token_ids, cells.values, amounts))
+    kernels.rank_rows(
+        cells.offsets, cells.token_ids, cells.values, amounts, weights, given_keys, offsets, ranked
+    )
+    kept = None if cells.counts is None else ranked[2]
+    return FlatCells(offsets, ranked[0], ranked[1], kept, cells.library_size)
+
+
+def _cut_offsets(offsets: np.ndarray, max_genes: int | None) -> np.ndarray:
+    """(B + 1,) int64 cell boundaries after the cut."""
+    lengths = np.diff(offsets)
+    kept = lengths if max_genes is None else np.minimum(lengths, max_genes)
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])
 
 
 def keep_vocabulary_genes(
@@ -220,6 +276,12 @@ def keep_vocabulary_genes(
     Returns:
         ``offsets`` (B + 1,), ``token_ids`` (T,) int32 and ``amounts`` (T,).
     """
+    kernels = compiled_kernels()
+    if kernels is not None:
+        offsets = np.empty(len(indptr), np.int64)
+        token_ids, kept = np.empty(len(columns), np.int32), np.empty(len(columns), amounts.dtype)
+        n_kept = kernels.keep_genes(indptr, columns, amounts, column_tokens, offsets, token_ids, kept)
+        return offsets, token_ids[:n_kept], kept[:n_kept]
     tokens = column_tokens[columns]
     is_kept = tokens >= 0
     kept_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(is_kept)])
@@ -259,7 +321,7 @@ def iter_flat_cells(
                 f"{totals[cell]:,} molecules. Give molecules per cell, counted before genes were left out."
             )
             raise ValueError(msg)
-        values = normalise_counts(amounts, np.repeat(sizes, np.diff(offsets)), target_sum)
+        values = cell_values(offsets, amounts, sizes, target_sum)
         yield block.start, FlatCells(offsets, token_ids, values, amounts, sizes), float(totals.sum())
 
 
