@@ -130,7 +130,7 @@ def test_log1p_is_stored_as_float16(tokenizer, tmp_path):
     manifest = build(files, tmp_path / "corpus", tokenizer, expression_is_log1p=True)
     assert manifest["value_kind"] == "log1p"
     corpus = open_corpus(tmp_path / "corpus", tokenizer)
-    assert corpus._rows.features["expression_values"].feature.dtype == "float16"
+    assert corpus._rows.dataset.features["expression_values"].feature.dtype == "float16"
     cells = corpus.__getitems__(list(range(len(corpus)))).cells
     assert cells.counts is None
     assert cells.values.dtype == np.float32

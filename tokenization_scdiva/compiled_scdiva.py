@@ -36,25 +36,21 @@ def _compiled(function: Any) -> Any:
 
 @_compiled
 def whole_counts(values, tolerance, limit, counts):
-    """Convert values (T,) to counts (T,) int32; say whether all are whole and in range, and what was seen.
+    """Convert values (T,) to counts (T,) int32, without a branch, so that the loop is done in vectors.
 
     Returns:
-        Whether every value is in [0, limit] and within ``tolerance`` of a whole number (False for NaN), the
-        number of values that are not zero, and the largest.
+        Number of values outside [0, limit] or further than ``tolerance`` from a whole number (NaN is both),
+        number of values that are not zero, and the largest count.
     """
-    is_good, n_nonzero, largest = True, 0, 0
+    n_bad, n_nonzero, largest = 0, 0, np.int32(0)
     for entry in range(len(values)):
         value = values[entry]
-        if not (value >= 0 and value <= limit):
-            return False, 0, 0
         whole = np.rint(value)
-        if not abs(value - whole) <= tolerance:
-            return False, 0, 0
-        count = np.int32(whole)
-        counts[entry] = count
+        n_bad += not ((value >= 0) & (value <= limit) & (abs(value - whole) <= tolerance))
         n_nonzero += value != 0
-        largest = max(largest, count)
-    return is_good, n_nonzero, largest
+        counts[entry] = np.int32(whole)
+        largest = max(largest, counts[entry])
+    return n_bad, n_nonzero, largest
 
 
 @_compiled
@@ -96,18 +92,12 @@ def keep_genes(indptr, columns, amounts, column_tokens, offsets, token_ids, kept
 
 
 @_compiled
-def look_up(offsets, counts, table, values, entries, rows):
-    """Write ``values[entry] = table[row, count]``; list the entries whose count is beyond the table."""
-    n_beyond, width = 0, table.shape[1]
+def look_up(offsets, counts, table, values):
+    """Write ``values[entry] = table[row, count]`` where the count is in the table."""
     for row in range(len(offsets) - 1):
         for entry in range(offsets[row], offsets[row + 1]):
-            count = counts[entry]
-            if count < width:
-                values[entry] = table[row, count]
-            else:
-                entries[n_beyond], rows[n_beyond] = entry, row
-                n_beyond += 1
-    return n_beyond
+            if counts[entry] < table.shape[1]:
+                values[entry] = table[row, counts[entry]]
 
 
 @_compiled

@@ -24,9 +24,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from modeling_scdiva.conditions_scdiva import category_ids
 from modeling_scdiva.size_law_scdiva import fit_size_law
+from tokenization_scdiva.arrow_rows import ArrowRows
 from tokenization_scdiva.files import file_sha256
 from tokenization_scdiva.gene_queries import unpack_measured_genes
-from tokenization_scdiva.ranking_scdiva import FlatCells, normalise_counts
+from tokenization_scdiva.ranking_scdiva import FlatCells, cell_values
 
 CORPUS_FORMAT = "scdiva-corpus"
 CORPUS_FORMAT_VERSION = 2
@@ -190,11 +191,10 @@ class CellCorpus(TorchDataset[CellBatch]):
             )
             raise ValueError(msg)
         is_hashed = sum(shard["n_bytes"] for shard in shards) <= HASHED_BYTES
-        rows = concatenate_datasets(
-            [_open_shard(self.folder, shard, is_hashed=is_hashed) for shard in shards]
+        self._rows = ArrowRows(
+            concatenate_datasets([_open_shard(self.folder, shard, is_hashed=is_hashed) for shard in shards])
         )
-        self._rows = rows.with_format("arrow")
-        self.n_genes = _list_lengths(rows.data.column("gene_ids"))
+        self.n_genes = self._rows.list_lengths("gene_ids")
         vocab_size = self.manifest["vocab_size"]
         self.measured_genes = np.stack(
             [unpack_measured_genes(file["measured_genes"], vocab_size) for file in self.manifest["datasets"]]
@@ -217,7 +217,7 @@ class CellCorpus(TorchDataset[CellBatch]):
         Returns:
             By `fit_size_law`.
         """
-        sizes = self._rows.data.column("library_size").to_numpy() if self.value_kind == "counts" else None
+        sizes = self._rows.column("library_size").to_numpy() if self.value_kind == "counts" else None
         lengths = np.clip(self.n_genes, 1, max_genes)
         return fit_size_law(lengths, sizes, max_genes=max_genes, target_sum=self.target_sum)
 
@@ -229,23 +229,23 @@ class CellCorpus(TorchDataset[CellBatch]):
         keys = np.array(
             [CellDraw(draw) if isinstance(draw, int | np.integer) else draw for draw in draws], dtype=np.int64
         )
-        table = self._rows[keys[:, 0].tolist()]
-        offsets, token_ids = _flat_list(table.column("gene_ids"))
+        rows = keys[:, 0]
+        offsets, token_ids = self._rows.lists("gene_ids", rows)
         token_ids = token_ids.astype(np.int32)
-        ids = [self._condition_ids(name, table) for name in self.conditions]
-        dataset_ids = table.column("dataset_id").to_numpy().astype(np.int64)
+        ids = [self._condition_ids(name, rows) for name in self.conditions]
+        dataset_ids = self._rows.numbers("dataset_id", rows).astype(np.int64)
         origin = (dataset_ids, self.measured_genes, np.stack(ids, axis=1) if ids else None)
         if self.value_kind == "log1p":
-            values = _flat_list(table.column("expression_values"))[1].astype(np.float32)
+            values = self._rows.lists("expression_values", rows)[1].astype(np.float32)
             return CellBatch(FlatCells(offsets, token_ids, values, None, None), keys, *origin)
-        counts = _flat_list(table.column("counts"))[1].astype(np.int32)
-        library_size = table.column("library_size").to_numpy().astype(np.float64)
-        values = normalise_counts(counts, np.repeat(library_size, np.diff(offsets)), self.target_sum)
+        counts = self._rows.lists("counts", rows)[1].astype(np.int32)
+        library_size = self._rows.numbers("library_size", rows).astype(np.float64)
+        values = cell_values(offsets, counts, library_size, self.target_sum)
         return CellBatch(FlatCells(offsets, token_ids, values, counts, library_size), keys, *origin)
 
-    def _condition_ids(self, name: str, table: pa.Table) -> np.ndarray:
+    def _condition_ids(self, name: str, rows: np.ndarray) -> np.ndarray:
         """(B,) int64 ids of one condition; a category that the network does not know is not given."""
-        entries = table.column(name).to_pylist()
+        entries = self._rows.column(name).take(pa.array(rows)).to_pylist()
         return category_ids(name, entries, self.conditions, is_strict=False)
 
     def to_anndata(self, cells: Sequence[int], tokenizer: Any) -> Any:
@@ -285,10 +285,9 @@ class CellCorpus(TorchDataset[CellBatch]):
         Returns:
             Column name -> value.
         """
-        row = self._rows[[cell]].drop_columns(
-            [name for name in ("gene_ids", "counts", "expression_values") if name in self._rows.column_names]
-        )
-        described = row.to_pylist()[0]
+        lists = ("gene_ids", "counts", "expression_values")
+        names = [name for name in self._rows.column_names if name not in lists]
+        described = self._rows.table(np.array([cell]), names).to_pylist()[0]
         described["dataset"] = self.manifest["datasets"][described.pop("dataset_id")]["name"]
         return described
 
@@ -369,15 +368,3 @@ def _open_shard(folder: Path, shard: Mapping[str, Any], *, is_hashed: bool) -> D
         msg = f"The shard {path} does not hold what was written (SHA-256 mismatch). {repair}"
         raise ValueError(msg)
     return Dataset.from_file(str(path))
-
-
-def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
-    lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
-    return np.concatenate(lengths).astype(np.int32)
-
-
-def _flat_list(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return offsets (B + 1,) and flat entries (T,) of a list column."""
-    lengths = _list_lengths(column)
-    flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]), np.concatenate(flat)

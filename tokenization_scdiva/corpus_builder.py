@@ -30,6 +30,7 @@ from datasets import Dataset, Features, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
+from tokenization_scdiva.arrow_rows import ArrowRows
 from tokenization_scdiva.corpus import (
     CORPUS_FORMAT,
     CORPUS_FORMAT_VERSION,
@@ -256,7 +257,7 @@ class _Part:
                     select_cells(cells, is_kept),
                     gene_order=tokenizer.gene_order, ranking_weights=weights, max_genes=None,
                 )  # fmt: skip
-                columns = _row_columns(ranked, rows[is_kept], self.dataset_id, settings, adata.obs_names)
+                columns = _row_columns(ranked, rows[is_kept], self.dataset_id, features, adata.obs_names)
                 columns |= {key: pa.array(column[rows[is_kept]]) for key, column in obs.items()}
                 columns |= {key: pa.array(route[rows[is_kept]]) for key, route in routes.items()}
                 if ranked.n_cells:
@@ -304,26 +305,29 @@ def _text_column(adata: anndata.AnnData, key: str) -> np.ndarray:
 
 
 def _row_columns(
-    cells: FlatCells, rows: np.ndarray, dataset_id: int, settings: CorpusSettings, obs_names: Any
+    cells: FlatCells, rows: np.ndarray, dataset_id: int, features: Features, obs_names: Any
 ) -> dict[str, pa.Array]:
+    """Make the columns of cells in the very types of the schema, so that the writer casts nothing."""
     offsets = pa.array(cells.offsets.astype(np.int32))
-    token_ids = pa.array(cells.token_ids.astype(np.uint32))
-    columns: dict[str, Any] = {"gene_ids": pa.ListArray.from_arrays(offsets, token_ids)}
+
+    def lists(name: str, entries: np.ndarray) -> pa.Array:
+        return pa.ListArray.from_arrays(offsets, pa.array(entries.astype(features[name].feature.dtype)))
+
+    columns: dict[str, Any] = {"gene_ids": lists("gene_ids", cells.token_ids)}
     if cells.counts is None or cells.library_size is None:
-        values = pa.array(cells.values.astype(np.float16))
-        columns["expression_values"] = pa.ListArray.from_arrays(offsets, values)
+        columns["expression_values"] = lists("expression_values", cells.values)
     else:
-        largest = np.iinfo(settings.count_dtype).max
+        count_dtype = features["counts"].feature.dtype
+        largest = np.iinfo(count_dtype).max
         if cells.counts.max(initial=0) > largest:
             entry = int(cells.counts.argmax())
             cell = rows[np.searchsorted(cells.offsets, entry, side="right") - 1]
             msg = (
                 f"The cell {str(obs_names[cell])!r} has {cells.counts[entry]:,} molecules of one gene, more "
-                f"than {settings.count_dtype} holds ({largest:,}). Build this corpus with count_dtype "
-                "'uint32'."
+                f"than {count_dtype} holds ({largest:,}). Build this corpus with count_dtype 'uint32'."
             )
             raise ValueError(msg)
-        columns["counts"] = pa.ListArray.from_arrays(offsets, pa.array(cells.counts))
+        columns["counts"] = lists("counts", cells.counts)
         columns["library_size"] = pa.array(cells.library_size.astype(np.float32))
     columns["dataset_id"] = pa.array(np.full(cells.n_cells, dataset_id, dtype=np.uint16))
     columns["cell_index"] = pa.array(rows.astype(np.uint32))
@@ -334,7 +338,7 @@ def _row_columns(
 class _Parts:
     """All parts of a build: their rows, memory-mapped, where these go, and the reports of their files."""
 
-    rows: Dataset | None
+    rows: ArrowRows | None
     routes: dict[str, np.ndarray]
     reports: list[dict[str, Any]]
 
@@ -343,9 +347,8 @@ class _Parts:
         files = [folder / f"{report['name']}.arrow" for report in reports if report["n_rows"]]
         if not files:
             return cls(None, {name: np.empty(0) for name in ROUTE_COLUMNS}, reports)
-        rows = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
-        routes = {name: rows.data.column(name).to_numpy() for name in ROUTE_COLUMNS}
-        return cls(rows.with_format("arrow"), routes, reports)
+        rows = ArrowRows(concatenate_datasets([Dataset.from_file(str(file)) for file in files]))
+        return cls(rows, {name: rows.column(name).to_numpy() for name in ROUTE_COLUMNS}, reports)
 
     def rows_of(self, shard: int, *, is_validation: bool) -> np.ndarray:
         """Rows of one file of a shard, shuffled."""
@@ -370,9 +373,8 @@ def _write_shard(
         with atomic_path(path) as partial:
             with ArrowWriter(features=features, path=str(partial)) as writer:
                 for start in range(0, len(rows), ROWS_PER_WRITE):
-                    table = parts.rows[rows[start : start + ROWS_PER_WRITE].tolist()]  # type: ignore[index]
-                    table = table.select(list(features)).combine_chunks()
-                    writer.write_table(table.replace_schema_metadata(None))
+                    some = rows[start : start + ROWS_PER_WRITE]
+                    writer.write_table(parts.rows.table(some, list(features)))  # type: ignore[union-attr]
                 if len(rows) == 0:
                     writer.write_table(features.arrow_schema.empty_table())
                 writer.finalize()

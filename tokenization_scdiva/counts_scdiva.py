@@ -396,8 +396,9 @@ def _whole_counts(values: np.ndarray, findings: _Findings) -> np.ndarray | None:
         return None
     counts = np.empty(len(values), dtype=np.int32)
     tolerance = values.dtype.type(WHOLE_TOLERANCE)
-    is_good, n_nonzero, largest = kernels.whole_counts(values, tolerance, LARGEST_COUNT, counts)
-    if not is_good:
+    limit = np.nextafter(values.dtype.type(LARGEST_COUNT), tolerance)  # float32 rounds it up
+    n_bad, n_nonzero, largest = kernels.whole_counts(values, tolerance, limit, counts)
+    if n_bad:
         return None
     findings.n_values += n_nonzero
     findings.largest = max(findings.largest, float(largest))

@@ -128,9 +128,9 @@ def cell_values(
     sizes = np.maximum(library_size, 1.0)[:, None]  # an empty cell looks nothing up
     table = normalise_counts(small, sizes, target_sum)  # (B, 64)
     values = np.empty(len(counts), dtype=np.float32)
-    entries, rows = np.empty((2, len(counts)), dtype=np.int64)
-    n_beyond = kernels.look_up(offsets, counts, table, values, entries, rows)
-    entries, rows = entries[:n_beyond], rows[:n_beyond]
+    kernels.look_up(offsets, counts, table, values)
+    entries = np.flatnonzero(counts >= TABLE_WIDTH)
+    rows = np.searchsorted(offsets, entries, side="right") - 1
     values[entries] = normalise_counts(counts[entries], library_size[rows], target_sum)
     return values
 
@@ -358,6 +358,8 @@ def select_cells(cells: FlatCells, is_kept: np.ndarray) -> FlatCells:
     Returns:
         The kept cells in the same order.
     """
+    if is_kept.all():
+        return cells
     lengths = cells.n_genes
     entry_is_kept = np.repeat(is_kept, lengths)
     return FlatCells(

@@ -158,7 +158,8 @@ class GeneVocabulary:
             "aliases": self.aliases,
         }
         # One gene a line: the file stays readable, and so do its differences.
-        rows = ",\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in self._gene_rows())
+        encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # dumps makes one for every row
+        rows = ",\n".join(map(encode, self._gene_rows()))
         text = json.dumps(head, ensure_ascii=False, allow_nan=False, indent=1).removesuffix("\n}")
         _write_atomically(path, f'{text},\n "genes": [\n{rows}\n]\n}}\n')
 
