@@ -266,7 +266,6 @@ def run_settings(
 
 
 def _refuse_unsupported(accelerator: Accelerator) -> None:
-    refuse_precision(accelerator)
     if accelerator.distributed_type not in DATA_PARALLEL:
         msg = (
             f"{accelerator.distributed_type.value} is not supported. Launch with plain data parallelism "
@@ -274,6 +273,7 @@ def _refuse_unsupported(accelerator: Accelerator) -> None:
             "(accelerate launch --config_file examples/accelerate/fsdp2.yaml)."
         )
         raise ValueError(msg)
+    refuse_precision(accelerator)
 
 
 def _refuse_corrupted_depth(model: ScDivaForMaskedDiffusion, train_loader: DataLoader) -> None:
