@@ -46,9 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--init_checkpoint", help="start from these weights, instead of at random")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder; default: the one inside the corpus")
     parser.add_argument("--output_dir", type=Path, default=Path("scdiva"), help="where the model goes")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint of --output_dir"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on from its newest checkpoint")
     parser.add_argument("--n_epochs", type=float, default=4.0, help="passes over the corpus")
     parser.add_argument("--n_steps", type=int, help="optimiser updates, instead of --n_epochs")
     parser.add_argument("--batch_size", type=int, default=768, help="cells per update, over all processes")
@@ -63,9 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         default=[],
         help="kept obs columns to steer generation by; library_size: depth",
     )
-    parser.add_argument(
-        "--n_gene_queries", type=int, default=256, help="genes asked for per cell (latent loss)"
-    )
+    parser.add_argument("--n_gene_queries", type=int, default=256, help="genes a cell is asked for")
     parser.add_argument("--log_every", type=int, default=10, help="steps between log lines")
     parser.add_argument("--eval_every", type=int, default=500, help="steps between evaluations; 0: at end")
     parser.add_argument("--save_every", type=int, default=500, help="steps between checkpoints; 0: at end")
