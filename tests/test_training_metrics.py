@@ -4,6 +4,7 @@ Run: pytest tests/test_training_metrics.py
 """
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_scdiva import ScDivaConfig, ScDivaForMaskedDiffusion
 from modeling_scdiva.training_metrics import SpeedMeter, train_flops
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 N_CELLS, N_POSITIONS, N_QUERIES = 5, 33, 7
 NETWORK = {
     "vocab_size": 305, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -74,6 +76,12 @@ def test_flop_formula_equals_a_counter(changes):
     numbers = meter.pop()
     assert numbers["mfu"] == pytest.approx(formula * numbers["cells_per_s"] / N_CELLS)
     assert start < time.perf_counter()
+
+
+def test_a_full_cell_costs_what_the_documentation_says():
+    config = ScDivaConfig.from_json_file(REPOSITORY / "examples" / "configs" / "paper.json")
+    gflops = train_flops(config, torch.tensor([1201]), 600) / 1e9
+    assert f"{gflops:.0f} GFLOP" in (REPOSITORY / "METHOD.md").read_text("utf-8")
 
 
 def test_padding_is_no_work():
