@@ -352,6 +352,8 @@ class _Run:
                 self.model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay), use_buffers=False
             )
         sharding = sharding_settings(accelerator)
+        if sharding is not None:
+            accelerator.print(f"Sharding the network over {accelerator.num_processes} processes (FSDP2).")
         for network in (self.model, None if self.average is None else self.average.module):
             if network is not None and sharding is not None:
                 shard_model(network, sharding, accelerator)

@@ -16,7 +16,7 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedType
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
@@ -93,6 +93,13 @@ def work(corpus, folder):
     train(corpus, folder / "parts", resume=True)
     train(corpus, folder / "taken_over", resume=True)
     train(corpus, folder / "checkpointing", gradient_checkpointing=True, ema_decay=0.0)
+    # As on GPUs, where Accelerate itself says that the run is sharded.
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    for name in (DistributedType.FSDP, DistributedType.MULTI_CPU):
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = name
+        if name == DistributedType.FSDP:
+            train(corpus, folder / "as_on_gpus")
     if has_bf16(accelerator.device):
         AcceleratorState._reset_state()
         accelerator = train(corpus, folder / "bf16", mixed_precision="bf16")[2]
@@ -127,6 +134,7 @@ def runs(corpus_folder, tmp_path_factory):
         env=environment, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Sharding the network over 2 processes (FSDP2)." in done.stdout
     return folder
 
 
@@ -177,6 +185,11 @@ def test_the_saved_model_is_whole_and_nothing_is_pickled(runs):
     assert sharded.config.architectures == ["ScDivaForMaskedDiffusion"]
     endings = {path.suffix for path in (runs / "whole").rglob("*") if path.is_file()}
     assert endings <= {".safetensors", ".json", ".jsonl", ".py"}
+
+
+def test_on_gpus_the_same_is_done(runs):
+    one, two = (load_file(runs / name / "model.safetensors") for name in ("whole", "as_on_gpus"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_gradient_checkpointing_changes_nothing(runs):
