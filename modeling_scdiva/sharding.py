@@ -12,6 +12,7 @@ not.
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -113,15 +114,16 @@ def local_gradients(model: nn.Module, accelerator: Accelerator) -> Iterator[None
         model.set_requires_gradient_sync(True)
 
 
-def run_idle(model: PreTrainedModel, n_times: int) -> None:
-    """Take part in forward passes without cells: the processes of a sharded model run it together.
+def run_idle(model: PreTrainedModel, loader: Any, n_batches: int) -> None:
+    """Take part in the forward passes of a short last batch: processes of a sharded model run it together.
 
     Args:
         model: Any model; one that is not sharded has nobody to wait for it.
-        n_times: Forward passes that the other processes are ahead.
+        loader: Its ``batch_sampler`` knows ``batches_per_epoch``, those of the process with most of them.
+        n_batches: Batches that this process had.
     """
     if isinstance(model, FSDPModule):
-        for _ in range(n_times):
+        for _ in range(loader.batch_sampler.batches_per_epoch - n_batches):
             model(**model.dummy_inputs)
 
 

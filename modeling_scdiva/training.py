@@ -303,7 +303,8 @@ def evaluate(
 
     Args:
         model: Model, not wrapped; sharded or not.
-        loader: Collated micro-batches of this process; its ``batch_sampler`` is an `EpochSampler`.
+        loader: Collated micro-batches of this process; for a sharded model, its ``batch_sampler`` is an
+            `EpochSampler`.
         accelerator: Where the run happens.
 
     Returns:
@@ -322,7 +323,7 @@ def evaluate(
             }
             timestep = inputs.pop("timestep")
             meter.update(model(**inputs), timestep)
-        run_idle(model, loader.batch_sampler.batches_per_epoch - n_batches)  # type: ignore[union-attr]
+        run_idle(model, loader, n_batches)
     reshard(model)
     model.train(was_training)
     return meter.pop("eval")
