@@ -2,9 +2,10 @@
 
     accelerate launch examples/pretrain.py --corpus corpus --config examples/configs/small.json
 
-Four GPUs, two CPU processes, and going on after a stop:
+Four GPUs, networks of a billion parameters and more, two CPU processes, and going on after a stop:
 
     accelerate launch --multi_gpu --num_processes 4 --mixed_precision bf16 examples/pretrain.py ...
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/pretrain.py ...
     ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 examples/pretrain.py ...
     accelerate launch examples/pretrain.py ... --resume
 
@@ -23,10 +24,12 @@ from torch.utils.data import DataLoader
 
 from modeling_scdiva import ScDivaConfig, ScDivaForMaskedDiffusion
 from modeling_scdiva.fresh_model import fresh_model, take_weights
+from modeling_scdiva.hardware import compile_layers
 from modeling_scdiva.training import PretrainingArguments, pretrain
 from tokenization_scdiva import ScDivaTokenizer, corpus_loader
 from tokenization_scdiva.corpus import corpus_conditions, read_manifest
 
+COMPILED_WIDTHS = 304  # 304, 608, 912 and 1,201 positions for cells of up to 1,200 genes
 RUN_NUMBERS = (
     "gradient_accumulation_steps", "learning_rate", "ema_decay", "seed", "log_every", "eval_every",
     "save_every", "keep_checkpoints",
@@ -43,17 +46,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--init_checkpoint", help="start from these weights, instead of at random")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder; default: the one inside the corpus")
     parser.add_argument("--output_dir", type=Path, default=Path("scdiva"), help="where the model goes")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in --output_dir"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on from its newest checkpoint")
     parser.add_argument("--n_epochs", type=float, default=4.0, help="passes over the corpus")
     parser.add_argument("--n_steps", type=int, help="optimiser updates, instead of --n_epochs")
     parser.add_argument("--batch_size", type=int, default=768, help="cells per update, over all processes")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per update")
     parser.add_argument("--learning_rate", type=float, default=2e-4, help="peak of warm-up and cosine")
-    parser.add_argument(
-        "--ema_decay", type=float, default=0.0, help="average the weights with this decay; 0: off"
-    )
+    parser.add_argument("--ema_decay", type=float, default=0.0, help="of averaged weights; 0: no average")
     parser.add_argument("--depth_corruption", choices=["scale", "thin", "none"], default="scale")
     parser.add_argument("--masking_target", choices=["joint", "expression", "gene"], default="joint")
     parser.add_argument(
@@ -62,19 +61,17 @@ def parse_arguments() -> argparse.Namespace:
         default=[],
         help="kept obs columns to steer generation by; library_size: depth",
     )
-    parser.add_argument(
-        "--n_gene_queries",
-        type=int,
-        default=256,
-        help="genes a cell is asked for, with latent_loss_weight > 0",
-    )
+    parser.add_argument("--n_gene_queries", type=int, default=256, help="genes a cell is asked for")
     parser.add_argument("--log_every", type=int, default=10, help="steps between log lines")
     parser.add_argument("--eval_every", type=int, default=500, help="steps between evaluations; 0: at end")
     parser.add_argument("--save_every", type=int, default=500, help="steps between checkpoints; 0: at end")
     parser.add_argument("--keep_checkpoints", type=int, default=2, help="checkpoints that stay on disk")
     parser.add_argument("--num_workers", type=int, default=0, help="loader processes per training process")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="trade time for memory")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network (GPU)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the layers (GPU)")
+    parser.add_argument(
+        "--pad_to_multiple_of", type=int, help="round widths up; default 304 with --compile, else 1"
+    )
     parser.add_argument("--report_to", choices=["none", "tensorboard"], default="none")
     parser.add_argument("--seed", type=int, default=0, help="of weights, cells, masks and dropout")
     return parser.parse_args()
@@ -116,6 +113,7 @@ def make_loaders(
             n_gene_queries=args.n_gene_queries if network.latent_loss_weight else 0,
             conditions=network.conditions,
             objective=network.objective,
+            pad_to_multiple_of=args.pad_to_multiple_of or (COMPILED_WIDTHS if args.compile else 1),
         )
         for split in ("train", "validation")
         if split == "train" or n_cells[split]  # a corpus may do without held-out cells
@@ -145,7 +143,7 @@ def main() -> None:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if args.compile:
-        model.model.compile()
+        compile_layers(model)
     accelerator.print(
         f"Pretraining scDiVa ({model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer):,} tokens) on "
         f"{n_cells['train']:,} cells of {args.corpus} ({n_held_out:,} held out): {n_steps:,} "

@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from modeling_scdiva.adapters import trainable_state
+from modeling_scdiva.hardware import refuse_precision
 
 Batch = Mapping[str, torch.Tensor]
 PLAIN_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -152,9 +153,7 @@ def finetune(
 
 
 def _refuse_unsupported(accelerator: Accelerator) -> None:
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        msg = f"mixed_precision={accelerator.mixed_precision!r} needs loss scaling, not built here. Use bf16."
-        raise ValueError(msg)
+    refuse_precision(accelerator)
     if accelerator.distributed_type not in PLAIN_DATA_PARALLEL:
         msg = (
             f"{accelerator.distributed_type.value} is not supported: whole weights are kept and restored. "

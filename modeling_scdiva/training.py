@@ -23,15 +23,26 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from modeling_scdiva.hardware import refuse_precision
 from modeling_scdiva.modeling_scdiva import ScDivaForMaskedDiffusion
+from modeling_scdiva.sharding import (
+    local_gradients,
+    reshard,
+    run_idle,
+    shard_model,
+    sharding_settings,
+    whole_tensors,
+)
 from modeling_scdiva.training_checkpoint import (
     Progress,
     TrainingLog,
     check_settings,
+    gather_state,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -40,7 +51,12 @@ from modeling_scdiva.training_metrics import LossMeter, SpeedMeter
 
 # Arguments that change what is written, not what is computed.
 BOOKKEEPING = ("log_every", "eval_every", "save_every", "keep_checkpoints")
-PLAIN_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+DATA_PARALLEL = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+)
 
 
 class EpochSampler(Protocol):
@@ -250,18 +266,14 @@ def run_settings(
 
 
 def _refuse_unsupported(accelerator: Accelerator) -> None:
-    if accelerator.mixed_precision not in ("no", "bf16"):
+    if accelerator.distributed_type not in DATA_PARALLEL:
         msg = (
-            f"mixed_precision={accelerator.mixed_precision!r} needs loss scaling, which is not built. Use "
-            "bf16."
+            f"{accelerator.distributed_type.value} is not supported. Launch with plain data parallelism "
+            "(accelerate launch --multi_gpu), or, for networks that one device cannot hold, with FSDP2 "
+            "(accelerate launch --config_file examples/accelerate/fsdp2.yaml)."
         )
         raise ValueError(msg)
-    if accelerator.distributed_type not in PLAIN_DATA_PARALLEL:
-        msg = (
-            f"{accelerator.distributed_type.value} is not supported: checkpoints here hold whole weights. "
-            "Launch with plain data parallelism (accelerate launch --multi_gpu)."
-        )
-        raise ValueError(msg)
+    refuse_precision(accelerator)
 
 
 def _refuse_corrupted_depth(model: ScDivaForMaskedDiffusion, train_loader: DataLoader) -> None:
@@ -290,8 +302,9 @@ def evaluate(
     """Average the losses over held-out cells with the loader's fixed masks.
 
     Args:
-        model: Model, not wrapped.
-        loader: Collated micro-batches of this process.
+        model: Model, not wrapped; sharded or not.
+        loader: Collated micro-batches of this process; for a sharded model, its ``batch_sampler`` is an
+            `EpochSampler`.
         accelerator: Where the run happens.
 
     Returns:
@@ -302,12 +315,16 @@ def evaluate(
     was_training = model.training
     model.eval()
     with torch.no_grad(), accelerator.autocast():
+        n_batches = 0
         for batch in loader:
+            n_batches += 1
             inputs = {
                 name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()
             }
             timestep = inputs.pop("timestep")
             meter.update(model(**inputs), timestep)
+        run_idle(model, loader, n_batches)
+    reshard(model)
     model.train(was_training)
     return meter.pop("eval")
 
@@ -329,15 +346,23 @@ class _Run:
             output_dir,
             on_save,
         )
-        self.model = model.to(accelerator.device).train()
-        self.optimizer = make_optimizer(self.model, arguments)
+        self.model = model.train()
         self.average = None
         if arguments.ema_decay:
             self.average = AveragedModel(
                 self.model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay), use_buffers=False
             )
+        sharding = sharding_settings(accelerator)
+        if sharding is not None:
+            accelerator.print(f"Sharding the network over {accelerator.num_processes} processes (FSDP2).")
+        for network in (self.model, None if self.average is None else self.average.module):
+            if network is not None and sharding is not None:
+                shard_model(network, sharding, accelerator)
+            elif network is not None:
+                network.to(accelerator.device)
+        self.optimizer = make_optimizer(self.model, arguments)
         # Only the network is wrapped (DDP, autocast): rates, clip and resume are done here, in the open.
-        self.wrapped = accelerator.prepare_model(self.model)
+        self.wrapped = accelerator.prepare_model(self.model, evaluation_mode=sharding is not None)
         self.progress = Progress()
         self.settings: dict[str, Any] = {}
         self.grad_norm = self.learning_rate = 0.0
@@ -367,14 +392,15 @@ class _Run:
             }
             timestep = inputs.pop("timestep")
             torch.manual_seed(self._dropout_seed(micro))
-            with self.accelerator.no_sync(self.wrapped) if micro < n_micro - 1 else nullcontext():
+            is_last = micro == n_micro - 1
+            with nullcontext() if is_last else local_gradients(self.wrapped, self.accelerator):
                 outputs = self.wrapped(**inputs)
                 (outputs.loss / n_micro).backward()
             losses.update(outputs, timestep)
             speed.update(batch)
             self.progress.n_cells += len(timestep) * self.accelerator.num_processes
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
-        self.grad_norm = float(norm)
+        self.grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not math.isfinite(self.grad_norm):
             msg = (
                 f"The gradient of step {self.progress.step + 1} is {self.grad_norm}. Training stops before "
@@ -404,12 +430,12 @@ class _Run:
 
     def save_checkpoint(self) -> None:
         """Save all that a resume needs, and delete the oldest checkpoints."""
+        state = gather_state(self.model, self.optimizer, self.average, self.accelerator)
         if self.accelerator.is_main_process:
             save_checkpoint(
                 self.output_dir,
                 self.model,
-                self.optimizer,
-                self.average,
+                state,
                 self.progress,
                 settings=self.settings,
                 keep=self.arguments.keep_checkpoints,
@@ -418,9 +444,11 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def save_model(self, folder: Path) -> None:
-        """Save the finished model."""
+        """Save the finished model, whole."""
+        model = self._saved_model()
+        weights = whole_tensors(model.state_dict(keep_vars=True), self.accelerator)
         if self.accelerator.is_main_process:
-            self._saved_model().save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
             if self.on_save is not None:
                 self.on_save(folder)
         self.accelerator.wait_for_everyone()

@@ -22,6 +22,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel
 
+from modeling_scdiva.sharding import placed_like, whole_tensors
+
 PROGRESS_FILE = "progress.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 AVERAGE_FILE = "average.safetensors"
@@ -59,24 +61,67 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+@dataclass
+class RunState:
+    """Whole tensors of a run on the CPU, name -> tensor; empty in all processes but the main one.
+
+    Attributes:
+        weights: Of the model in training.
+        moments: Of its optimiser, ``parameter/moment``.
+        averages: Average weights; None for a run without.
+    """
+
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    averages: dict[str, torch.Tensor] | None
+
+
+def gather_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
+    accelerator: Accelerator,
+) -> RunState:
+    """Gather what a checkpoint holds in the main process; every process has to call this.
+
+    Args:
+        model: Model in training, sharded or not.
+        optimizer: Its optimiser.
+        average: Its average weights, if any.
+        accelerator: Knows the main process.
+
+    Returns:
+        The tensors.
+    """
+    moments = {
+        f"{name}/{moment}": optimizer.state[parameter][moment]
+        for name, parameter in model.named_parameters()
+        for moment in MOMENTS
+        if parameter in optimizer.state
+    }
+    return RunState(
+        whole_tensors(model.state_dict(keep_vars=True), accelerator),
+        whole_tensors(moments, accelerator),
+        None if average is None else whole_tensors(average.state_dict(keep_vars=True), accelerator),
+    )
+
+
 def save_checkpoint(
     output_dir: Path,
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    average: AveragedModel | None,
+    state: RunState,
     progress: Progress,
     *,
     settings: Mapping[str, Any],
     keep: int,
     on_save: Callable[[Path], Any] | None = None,
 ) -> Path:
-    """Write a checkpoint and delete the oldest ones.
+    """Write a checkpoint and delete the oldest ones; for the main process.
 
     Args:
         output_dir: Folder of the run.
-        model: Model in training.
-        optimizer: Its optimiser.
-        average: Its average weights, if any.
+        model: Model in training, for its configuration.
+        state: Its tensors and those of its optimiser.
         progress: Counters.
         settings: What decides the numbers of the run.
         keep: Checkpoints that stay.
@@ -88,19 +133,12 @@ def save_checkpoint(
     folder = output_dir / f"checkpoint-{progress.step:08d}"
     partial = output_dir / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=state.weights)
     if on_save is not None:
         on_save(partial)
-    moments = {
-        f"{name}/{moment}": optimizer.state[parameter][moment].cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for moment in MOMENTS
-        if parameter in optimizer.state
-    }
-    save_file(moments, partial / OPTIMIZER_FILE)
-    if average is not None:
-        averages = {name: tensor.cpu().contiguous() for name, tensor in average.state_dict().items()}
-        save_file(averages, partial / AVERAGE_FILE)
+    save_file(state.moments, partial / OPTIMIZER_FILE)
+    if state.averages is not None:
+        save_file(state.averages, partial / AVERAGE_FILE)
     stored = {"progress": asdict(progress), "settings": dict(settings)}
     (partial / PROGRESS_FILE).write_text(json.dumps(stored, indent=1), "utf-8")
     for path in [*partial.iterdir(), partial]:
@@ -120,7 +158,7 @@ def load_checkpoint(
 
     Args:
         folder: Checkpoint.
-        model: Gets the weights.
+        model: Gets the weights; sharded or not.
         optimizer: Gets the moments.
         average: Gets the average weights, if the run keeps any.
 
@@ -146,8 +184,10 @@ def load_checkpoint(
             msg = f"{folder / OPTIMIZER_FILE} has no {lacking[0]} of {name}: it belongs to another model."
             raise ValueError(msg)
         optimizer.state[parameter] = {
-            # The fused update wants its step counter beside the parameter.
-            moment: moments[f"{name}/{moment}"].to(parameter.device)
+            # The fused update wants its step counter, a single number, beside the parameter.
+            moment: placed_like(moments[f"{name}/{moment}"], parameter)
+            if moment != "step"
+            else moments[f"{name}/{moment}"].to(parameter.device)
             for moment in MOMENTS
         }
     return Progress(**_stored(folder)["progress"])
@@ -180,8 +220,12 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 
 def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    own = model.state_dict()
+    placed = {
+        name: placed_like(tensor, own[name]) if name in own else tensor for name, tensor in weights.items()
+    }
     try:
-        model.load_state_dict(weights, strict=True)
+        model.load_state_dict(placed, strict=True)
     except RuntimeError as error:
         msg = f"{path} does not fit the model of this run (another --config?): {error}"
         raise ValueError(msg) from error

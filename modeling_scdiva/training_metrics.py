@@ -1,12 +1,8 @@
 """What a training run says of itself: losses by diffusion time, speed, and the share of the hardware's peak.
 
-FLOPs of one cell, multiply-add = 2, forward and backward = 3 x forward, with S positions, m masked genes,
-width D, inner width F, V tokens:
-
-    forward = layers * (8 S D^2 + 4 S^2 D + 6 S D F) + 2 S D^2 + 2 h S D^2 + m (2 D^2 + 2 D V)
-
-(projections, attention, SwiGLU; value encoder; value head, h = 2 if it reads the gene, else 1; gene head).
-Only real positions count, so padding shows as a lower MFU.
+MFU is the matrix products that a cell needs (METHOD.md section 9, `train_flops`) per second, over the peak of
+the device. Only real positions count, and nothing that is computed twice: padding and gradient checkpointing
+show as a lower MFU.
 """
 
 import time
@@ -19,11 +15,9 @@ import torch
 from accelerate import Accelerator
 
 from modeling_scdiva.configuration_scdiva import ScDivaConfig
+from modeling_scdiva.hardware import peak_flops
 
 N_TIME_BINS = 10
-# Vendors' dense bf16 peaks in TFLOP/s; other devices are measured with a matrix product.
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
-GEMM_SIZE = 2048
 
 
 def sum_over_processes(numbers: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
@@ -113,23 +107,34 @@ class LossMeter:
         return numbers
 
 
-def train_flops(config: ScDivaConfig, lengths: torch.Tensor, n_masked: int) -> float:
-    """Count the FLOPs of training on some cells, by the formula of this module.
+def train_flops(config: ScDivaConfig, lengths: torch.Tensor, n_masked: int, n_queries: int = 0) -> float:
+    """Count the FLOPs of training on some cells: their matrix products, a multiply-add as two.
 
     Args:
         config: Network.
-        lengths: (B,) real positions of each cell.
+        lengths: (B,) real positions of each cell, ``<lat>`` included, conditions not.
         n_masked: Masked genes of all cells.
+        n_queries: Genes that the gene-query decoder is asked for, of all cells.
 
     Returns:
         FLOPs of forward and backward.
+
+    References:
+        METHOD.md section 9.
     """
-    width, inner = config.hidden_size, config.intermediate_size
-    positions, squares = float(lengths.sum()), float(lengths.double().square().sum())
-    layer = (8 * width**2 + 6 * width * inner) * positions + 4 * width * squares
-    value_parts = 3 if config.value_head == "gene" else 2  # encoder and head
-    genes = n_masked * (2 * width**2 + 2 * width * config.vocab_size)
-    return 3.0 * (config.num_hidden_layers * layer + 2 * value_parts * width**2 * positions + genes)
+    width, inner, n_cells = config.hidden_size, config.intermediate_size, len(lengths)
+    tokens = lengths.double() + len(config.conditions or {})  # (B,) positions in the layers
+    n_positions, n_tokens = float(lengths.sum()), float(tokens.sum())
+    layer = (8 * width**2 + 6 * width * inner) * n_tokens + 4 * width * float(tokens.square().sum())
+    value_encoder = (2 * width + 2 * width**2) * n_positions
+    inputs = 2 if config.value_head == "gene" else 1
+    numbers = 2 if config.objective == "elbo" else 1
+    value_head = (2 * inputs * width**2 + 2 * numbers * width) * n_positions
+    genes = (2 * width**2 + 2 * width * config.vocab_size) * n_masked
+    queries = (4 * width**2 + 4 * width) * n_queries + 2 * width**2 * n_cells * (n_queries > 0)
+    forward = config.num_hidden_layers * layer + value_encoder + value_head + genes + queries
+    # Backward is twice forward, but nobody asks for the gradient of the values that come in.
+    return 3.0 * forward - 2 * width * n_positions
 
 
 class SpeedMeter:
@@ -168,7 +173,9 @@ class SpeedMeter:
         mask = batch.get("attention_mask")
         lengths = torch.full((n_cells,), width) if mask is None else mask.sum(dim=1)
         n_masked = int((batch["labels"] != -100).sum())
-        self._flops += train_flops(self.config, lengths, n_masked)
+        queries = batch.get("query_ids")
+        n_queries = 0 if queries is None else int((queries != self.config.pad_token_id).sum())
+        self._flops += train_flops(self.config, lengths, n_masked, n_queries)
         self._cells += n_cells
         self._tokens += int(lengths.sum())
 
@@ -190,29 +197,3 @@ class SpeedMeter:
         }
         self.restart()
         return numbers
-
-
-def peak_flops(accelerator: Accelerator) -> float:
-    """Give the peak of this process's device, the denominator of MFU.
-
-    Args:
-        accelerator: Device and precision.
-
-    Returns:
-        FLOP/s: the vendor's bf16 peak for a known GPU, else the rate of a square matrix product in the run's
-        precision, measured here.
-    """
-    device = accelerator.device
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, tflops in PEAK_TFLOPS.items():
-            if known in name:
-                return tflops * 1e12
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    matrix = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=dtype, device=device)
-    rates = []
-    for _ in range(3):
-        start = time.perf_counter()
-        float((matrix @ matrix)[0, 0])
-        rates.append(2 * GEMM_SIZE**3 / (time.perf_counter() - start))
-    return max(rates)

@@ -98,10 +98,10 @@ def test_what_is_hidden_and_what_is_asked(target):
 
 def test_anchor_and_pads_are_never_touched():
     batch = make_batch()
-    inputs = collator(pad_to_multiple_of=8)(batch)
+    inputs = collator(pad_to_multiple_of=8, max_genes=120)(batch)
     width = inputs["input_ids"].shape[1]
-    assert width == 72
-    is_pad = torch.arange(width) > torch.tensor(np.minimum(batch.cells.n_genes, 64))[:, None]
+    assert width == 104
+    is_pad = torch.arange(width) > torch.tensor(batch.cells.n_genes)[:, None]
     assert torch.equal(inputs["attention_mask"], (~is_pad).long())
     assert (inputs["input_ids"][:, 0] == LAT).all()
     assert (inputs["input_ids"][is_pad] == PAD).all()
@@ -119,6 +119,19 @@ def test_anchor_and_pads_are_never_touched():
         "is_masked": torch.bool, "timestep": torch.float32,
         "expression_values": torch.float32, "expression_labels": torch.float32,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("max_genes", "n_genes", "width"), [(60, 30, 32), (60, 40, 48), (60, 60, 61), (60, 99, 61)]
+)
+def test_padded_widths_are_few_and_full_cells_stay_unpadded(max_genes, n_genes, width):
+    inputs = collator(pad_to_multiple_of=16, max_genes=max_genes)(make_batch(n_genes=n_genes))
+    shapes = {tuple(tensor.shape) for tensor in inputs.values() if tensor.ndim == 2}
+    assert shapes == {(8, width)}
+    plain = collator(max_genes=max_genes)(make_batch(n_genes=n_genes))
+    for name, tensor in plain.items():
+        padded = inputs[name][:, : tensor.shape[1]] if tensor.ndim == 2 else inputs[name]
+        assert torch.equal(padded, tensor)
 
 
 def test_attention_mask_is_left_out_where_nothing_is_padded():

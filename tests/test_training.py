@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_scdiva.training import (
     PretrainingArguments,
@@ -24,7 +24,7 @@ from modeling_scdiva.training import (
     pretrain,
 )
 from modeling_scdiva.training_checkpoint import latest_checkpoint
-from modeling_scdiva.training_metrics import LossMeter, train_flops
+from modeling_scdiva.training_metrics import LossMeter
 from tokenization_scdiva import ScDivaTokenizer, corpus_loader
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -196,19 +196,6 @@ def test_only_matrices_decay(make_model):
     assert "lm_head.weight" in {names[id(parameter)] for parameter in decayed}
 
 
-def test_flop_formula_agrees_with_a_counter(make_model, make_loader):
-    model = make_model()
-    model.set_attn_implementation("eager")  # the counter sees plain matrix products only
-    batch = next(iter(make_loader("train")))
-    inputs = {name: tensor for name, tensor in batch.items() if name != "timestep"}
-    n_cells, width = inputs["input_ids"].shape
-    with FlopCounterMode(display=False) as counter:
-        model(**inputs).loss.backward()
-    lengths = torch.full((n_cells,), width)
-    formula = train_flops(model.config, lengths, int((inputs["labels"] != -100).sum()))
-    assert formula == pytest.approx(counter.get_total_flops(), rel=0.05)
-
-
 def test_time_bins_hold_the_means_of_their_cells():
     class Outputs:
         loss = torch.tensor(3.0)
@@ -352,15 +339,27 @@ def test_every_saved_folder_has_its_tokenizer(make_model, make_loader, tokenizer
         assert ScDivaTokenizer.from_pretrained(folder).ranking_settings == tokenizer.ranking_settings
 
 
-def test_half_precision_without_loss_scaling_is_refused(make_model, make_loader, tmp_path):
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("_mixed_precision", "fp16", "mixed_precision='fp16' needs loss scaling"),
+        (
+            "distributed_type",
+            DistributedType.DEEPSPEED,
+            "DEEPSPEED is not supported",
+        ),
+    ],
+)
+def test_unsupported_launches_are_refused(
+    make_model, make_loader, tmp_path, monkeypatch, entry, value, message
+):
     accelerator = Accelerator(cpu=True)
-    accelerator.state._mixed_precision = "fp16"
-    with pytest.raises(ValueError, match="mixed_precision='fp16' needs loss scaling"):
+    monkeypatch.setitem(AcceleratorState._shared_state, entry, value)
+    with pytest.raises(ValueError, match=message):
         pretrain(
             make_model(), train_loader=make_loader("train"), eval_loader=None,
             arguments=PretrainingArguments(n_steps=2), accelerator=accelerator, output_dir=tmp_path,
         )  # fmt: skip
-    accelerator.state._mixed_precision = "no"
 
 
 def test_held_out_masks_depend_on_nothing_but_the_corpus(corpus_folder, tokenizer):

@@ -103,7 +103,8 @@ class ScDivaDataCollator:
             makes the loss nats per gene.
         condition_dropout: Probability that a condition of a cell is hidden from the network: of each by
             itself, and of all together.
-        pad_to_multiple_of: Round the width of a batch up, for compiled or tensor-core runs.
+        pad_to_multiple_of: Round the width of a batch up, at most to that of a full cell, for compiled runs:
+            few widths, and full cells without padding.
     """
 
     ranking_weights: np.ndarray
@@ -325,4 +326,4 @@ class ScDivaDataCollator:
 
     def _pad(self, offsets: np.ndarray, flat: np.ndarray, *, first: float, fill: float) -> torch.Tensor:
         padded = pad_cells(offsets, flat, first=first, fill=fill, multiple=self.pad_to_multiple_of)
-        return torch.from_numpy(padded)
+        return torch.from_numpy(np.ascontiguousarray(padded[:, : 1 + self.max_genes]))
