@@ -72,22 +72,24 @@ class ArrowRows:
         lengths = [np.diff(offsets) for offsets in self._lists[name].offsets]
         return np.concatenate(lengths).astype(np.int32)
 
-    def lists(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def lists(
+        self, name: str, rows: np.ndarray, max_length: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Gather lists.
 
         Args:
             name: Column of lists.
             rows: (B,) int64 rows, in any order.
+            max_length: Longer lists are cut.
 
         Returns:
             Boundaries (B + 1,) int64, and the entries (T,) in the type of the file.
         """
         offsets, entries = self._lists[name]
-        batches = np.searchsorted(self._first_rows, rows, side="right") - 1
-        places = rows - self._first_rows[batches]
         parts = []
-        for batch, place in zip(batches.tolist(), places.tolist(), strict=True):
-            start, stop = offsets[batch][place : place + 2]
+        for batch, place in zip(*self._places(rows), strict=True):
+            start, stop = offsets[batch][place : place + 2].tolist()
+            stop = stop if max_length is None else min(stop, start + max_length)
             parts.append(entries[batch][start:stop])
         lengths = [len(part) for part in parts]
         boundaries = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
@@ -103,7 +105,9 @@ class ArrowRows:
         Returns:
             (B,) in the type of the file.
         """
-        return self.column(name).take(pa.array(rows)).to_numpy()
+        entries = self._numbers[name]
+        places = zip(*self._places(rows), strict=True)
+        return np.array([entries[batch][place] for batch, place in places], dtype=entries[0].dtype)
 
     def table(self, rows: np.ndarray, names: Sequence[str]) -> pa.Table:
         """Gather rows whole.
@@ -139,8 +143,21 @@ class ArrowRows:
         }
 
     @cached_property
+    def _numbers(self) -> dict[str, list[np.ndarray]]:
+        columns = zip(self.column_names, self.dataset.data.columns, strict=True)
+        return {
+            name: [chunk.to_numpy(zero_copy_only=True) for chunk in column.chunks]
+            for name, column in columns
+            if pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+        }
+
+    @cached_property
     def _first_rows(self) -> np.ndarray:
         """(batches,) first row of each record batch."""
-        offsets = next(iter(self._lists.values())).offsets
-        lengths = [len(bounds) - 1 for bounds in offsets]
+        lengths = [len(chunk) for chunk in self.dataset.data.columns[0].chunks]
         return np.cumsum([0, *lengths[:-1]])
+
+    def _places(self, rows: np.ndarray) -> tuple[list[int], list[int]]:
+        """Record batch of each row, and its place there."""
+        batches = np.searchsorted(self._first_rows, rows, side="right") - 1
+        return batches.tolist(), (rows - self._first_rows[batches]).tolist()

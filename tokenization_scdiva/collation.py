@@ -16,9 +16,13 @@ import torch
 from modeling_scdiva.diffusion_scdiva import stratified_timesteps
 from tokenization_scdiva.corpus import CellBatch
 from tokenization_scdiva.gene_queries import draw_gene_queries
+from tokenization_scdiva.kernels_scdiva import compiled_kernels
 from tokenization_scdiva.ranking_scdiva import (
     FlatCells,
+    cell_values,
+    first_genes,
     hashed_uniform,
+    map_counts,
     normalise_counts,
     pad_cells,
     rank_cells,
@@ -28,6 +32,14 @@ from tokenization_scdiva.ranking_scdiva import (
 from tokenization_scdiva.tokenization_scdiva import ScDivaTokenizer
 
 IGNORED_LABEL = -100
+# In the order of the kernel `lay_out`.
+INPUT_TYPES = {
+    "input_ids": np.int64,
+    "expression_values": np.float32,
+    "is_masked": np.bool_,
+    "labels": np.int64,
+    "expression_labels": np.float32,
+}
 # Streams of random numbers of one cell: counters far above any gene's place.
 TIME_STREAM, COIN_STREAM, DEPTH_STREAM, THINNING_STREAM, CONDITION_STREAM = (
     np.uint64(2**40 + stream) for stream in range(5)
@@ -74,6 +86,39 @@ def lowest_coins(coins: np.ndarray, offsets: np.ndarray, n_lowest: np.ndarray) -
     is_marked = np.empty(len(coins), dtype=bool)
     is_marked[order] = rank_in_cell < np.repeat(n_lowest, lengths)
     return is_marked
+
+
+def cell_coins(cell_seed: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Draw one uniform number for every gene, a function of its cell's seed and its place in the cell.
+
+    Args:
+        cell_seed: (B,) uint64.
+        offsets: (B + 1,) cell boundaries.
+
+    Returns:
+        (T,) float64 in [0, 1).
+    """
+    lengths, kernels = np.diff(offsets), compiled_kernels()
+    if kernels is not None:
+        coins = np.empty(offsets[-1])
+        hashed_places = splitmix64(np.arange(lengths.max(initial=0), dtype=np.uint64))
+        kernels.hash_coins(offsets, cell_seed, hashed_places, coins)
+        return coins
+    places = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    return hashed_uniform(np.repeat(cell_seed, lengths), places.astype(np.uint64))
+
+
+def scale_depth(values: np.ndarray, kept_share: np.ndarray) -> np.ndarray:
+    """Give the values that cells would show at a share of their depth.
+
+    Args:
+        values: (n,) float32 log1p of normalised counts.
+        kept_share: (n,) share of the depth that is left.
+
+    Returns:
+        (n,) float32.
+    """
+    return np.log1p(kept_share * np.expm1(values.astype(np.float64))).astype(np.float32)
 
 
 @dataclass
@@ -215,8 +260,7 @@ class ScDivaDataCollator:
         strata, n_strata = batch.draws[:, 2], int(batch.draws[0, 3])
         timestep = stratified_timesteps(hashed_uniform(cell_seed, TIME_STREAM), strata, n_strata)  # (B,)
         lengths = clean.n_genes
-        places = np.arange(len(clean.token_ids)) - np.repeat(clean.offsets[:-1], lengths)
-        coins = hashed_uniform(np.repeat(cell_seed, lengths), places.astype(np.uint64))  # (T,)
+        coins = cell_coins(cell_seed, clean.offsets)  # (T,)
         if self.objective == "elbo":
             n_masked = np.ceil(timestep * lengths).astype(np.int64)  # uniform on 1 .. L
             is_drawn = lowest_coins(coins, clean.offsets, n_masked)  # (T,)
@@ -224,27 +268,29 @@ class ScDivaDataCollator:
         else:
             is_drawn = coins < np.repeat(timestep, lengths)  # (T,)
         # 4. Inputs and targets.
-        genes = clean.token_ids.astype(np.int64)
-        hides_gene, hides_value = self.masking_target != "expression", self.masking_target != "gene"
-        flat = {
-            "input_ids": (np.where(is_drawn & hides_gene, self.mask_token_id, genes), self.pad_token_id),
-            "expression_values": (np.where(is_drawn & hides_value, np.float32(0), seen), 0.0),
-            "is_masked": (is_drawn & hides_value, False),
-            "labels": (np.where(is_drawn & hides_gene, genes, IGNORED_LABEL), IGNORED_LABEL),
-            "expression_labels": (clean.values, 0.0),
-        }
-        first = {"input_ids": self.lat_token_id, "labels": IGNORED_LABEL}
-        inputs = {
-            name: self._pad(clean.offsets, entries, first=first.get(name, 0), fill=fill)
-            for name, (entries, fill) in flat.items()
-        }  # each (B, S)
-        width = inputs["input_ids"].shape[1]
-        if (lengths + 1 < width).any():
-            inputs["attention_mask"] = torch.from_numpy(
-                (np.arange(width) <= lengths[:, None]).astype(np.int64)
-            )
+        inputs = self._lay_out(clean, seen, is_drawn)
         inputs["timestep"] = torch.from_numpy(timestep.astype(np.float32))
         inputs |= self._extra_inputs(batch, cell_seed, lengths)
+        return inputs
+
+    def _lay_out(self, clean: FlatCells, seen: np.ndarray, is_drawn: np.ndarray) -> dict[str, torch.Tensor]:
+        """Make what every network reads, (B, S) each; the attention mask only where anything is padded."""
+        lengths = clean.n_genes
+        width = -(-(1 + int(lengths.max(initial=0))) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(lengths), min(width, 1 + self.max_genes))
+        kinds: dict[str, np.ndarray] = {name: np.empty(shape, dtype) for name, dtype in INPUT_TYPES.items()}
+        hides = self.masking_target != "expression", self.masking_target != "gene"
+        tokens = (self.lat_token_id, self.mask_token_id, self.pad_token_id, IGNORED_LABEL)
+        cells = (clean.token_ids, clean.values, seen)
+        kernels = compiled_kernels()
+        if kernels is not None:
+            kernels.lay_out(clean.offsets, cells, is_drawn, hides, tokens, tuple(kinds.values()))
+        else:
+            _lay_out_plainly(clean, seen, is_drawn, hides, tokens, kinds)
+        inputs = {name: torch.from_numpy(array) for name, array in kinds.items()}
+        if (lengths + 1 < shape[1]).any():
+            is_real = np.arange(shape[1]) <= lengths[:, None]
+            inputs["attention_mask"] = torch.from_numpy(is_real.astype(np.int64))
         return inputs
 
     def _extra_inputs(
@@ -286,16 +332,17 @@ class ScDivaDataCollator:
         kept_share = np.where(is_shallow, kept_share, 1.0)  # (B,)
         if self.depth_corruption == "thin":
             return self._thin(cells, kept_share, cell_seed)
-        clean = select_genes(cells, self._first_genes(cells.n_genes))
+        clean = first_genes(cells, self.max_genes)
         if self.depth_corruption == "none":
             return clean, clean.values
-        share = np.repeat(kept_share, clean.n_genes)
-        return clean, np.log1p(share * np.expm1(clean.values.astype(np.float64))).astype(np.float32)
+        if clean.counts is None or clean.library_size is None:
+            return clean, scale_depth(clean.values, np.repeat(kept_share, clean.n_genes))
+        sizes = clean.library_size
 
-    def _first_genes(self, lengths: np.ndarray) -> np.ndarray:
-        """(T,) bool, the first `max_genes` of each cell."""
-        places = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return places < self.max_genes
+        def seen(counts: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            return scale_depth(normalise_counts(counts, sizes[rows], self.target_sum), kept_share[rows])
+
+        return clean, map_counts(clean.offsets, clean.counts, seen)
 
     def _thin(
         self, cells: FlatCells, kept_share: np.ndarray, cell_seed: np.ndarray
@@ -313,7 +360,7 @@ class ScDivaDataCollator:
             if thinned.any():  # a cell that would lose its last gene stays as it is
                 library_size[cell] = thinned.sum() + rng.binomial(max(outside, 0), kept_share[cell])
                 counts[genes] = thinned
-        values = normalise_counts(counts, np.repeat(library_size, cells.n_genes), self.target_sum)
+        values = cell_values(cells.offsets, counts, library_size, self.target_sum)
         # Ranked by the thinned values; the clean value of each gene travels along in the place of its count.
         both = FlatCells(cells.offsets, cells.token_ids, values, cells.values, None)
         ranked = rank_cells(
@@ -324,6 +371,27 @@ class ScDivaDataCollator:
         )
         return FlatCells(ranked.offsets, ranked.token_ids, ranked.counts, None, None), ranked.values  # type: ignore[arg-type]
 
-    def _pad(self, offsets: np.ndarray, flat: np.ndarray, *, first: float, fill: float) -> torch.Tensor:
-        padded = pad_cells(offsets, flat, first=first, fill=fill, multiple=self.pad_to_multiple_of)
-        return torch.from_numpy(np.ascontiguousarray(padded[:, : 1 + self.max_genes]))
+
+def _lay_out_plainly(
+    clean: FlatCells,
+    seen: np.ndarray,
+    is_drawn: np.ndarray,
+    hides: tuple[bool, bool],
+    tokens: tuple[int, int, int, int],
+    padded: dict[str, np.ndarray],
+) -> None:
+    """The kernel `lay_out` in plain NumPy."""
+    hides_gene, hides_value = hides
+    lat, mask, pad, ignored = tokens
+    genes = clean.token_ids
+    flat = {
+        "input_ids": (np.where(is_drawn & hides_gene, mask, genes), lat, pad),
+        "expression_values": (np.where(is_drawn & hides_value, np.float32(0), seen), 0, 0),
+        "is_masked": (is_drawn & hides_value, False, False),
+        "labels": (np.where(is_drawn & hides_gene, genes, ignored), ignored, ignored),
+        "expression_labels": (clean.values, 0, 0),
+    }
+    for name, (entries, first, fill) in flat.items():
+        rows = pad_cells(clean.offsets, entries, first=first, fill=fill)
+        padded[name][:] = fill
+        padded[name][:, : rows.shape[1]] = rows

@@ -22,6 +22,10 @@ except ImportError as error:
     msg = "The compiled kernels need the package numba: pip install numba"
     raise ImportError(msg) from error
 
+# As in `ranking_scdiva.splitmix64`.
+SPLITMIX_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+SPLITMIX_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+SPLITMIX_MIX_2 = np.uint64(0x94D049BB133111EB)
 MOST_BUCKETS = 2048  # 32 bits in three passes are 11 bits a pass
 SMALL_RUN = 16  # equal keys up to this many are put in order by insertion
 
@@ -98,6 +102,47 @@ def look_up(offsets, counts, table, values):
         for entry in range(offsets[row], offsets[row + 1]):
             if counts[entry] < table.shape[1]:
                 values[entry] = table[row, counts[entry]]
+
+
+@_compiled
+def hash_coins(offsets, seeds, hashed_places, coins):
+    """Write one uniform number for every entry, the hash of its cell's seed and its place in the cell."""
+    for row in range(len(offsets) - 1):
+        start = offsets[row]
+        for entry in range(start, offsets[row + 1]):
+            word = (seeds[row] + hashed_places[entry - start]) * SPLITMIX_GAMMA + SPLITMIX_GAMMA
+            word = (word ^ (word >> np.uint64(30))) * SPLITMIX_MIX_1
+            word = (word ^ (word >> np.uint64(27))) * SPLITMIX_MIX_2
+            coins[entry] = np.float64((word ^ (word >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+@_compiled
+def lay_out(offsets, cells, is_drawn, hides, tokens, padded):
+    """Write the rows (B, S) of all inputs and targets of the diffusion at once.
+
+    ``cells``: token ids, clean values and seen values (T,). ``hides``: whether the gene and the value of
+    drawn entries are hidden. ``tokens``: ids of anchor, mask and pad, and the label that is ignored.
+    ``padded``: input ids, values, whether hidden, labels and value labels.
+    """
+    token_ids, values, seen = cells
+    hides_gene, hides_value = hides
+    lat, mask, pad, ignored = tokens
+    input_ids, shown, is_masked, labels, targets = padded
+    for row in range(len(offsets) - 1):
+        start, n_entries = offsets[row], offsets[row + 1] - offsets[row]
+        input_ids[row, 0], labels[row, 0] = lat, ignored
+        shown[row, 0], targets[row, 0], is_masked[row, 0] = 0, 0, False
+        for place in range(n_entries):
+            entry = start + place
+            gene, drawn = token_ids[entry], is_drawn[entry]
+            input_ids[row, 1 + place] = mask if drawn and hides_gene else gene
+            labels[row, 1 + place] = gene if drawn and hides_gene else ignored
+            shown[row, 1 + place] = 0 if drawn and hides_value else seen[entry]
+            is_masked[row, 1 + place] = drawn and hides_value
+            targets[row, 1 + place] = values[entry]
+        input_ids[row, 1 + n_entries :], labels[row, 1 + n_entries :] = pad, ignored
+        shown[row, 1 + n_entries :], targets[row, 1 + n_entries :] = 0, 0
+        is_masked[row, 1 + n_entries :] = False
 
 
 @_compiled
@@ -214,5 +259,7 @@ KERNELS = SimpleNamespace(
     row_sums=row_sums,
     keep_genes=keep_genes,
     look_up=look_up,
+    hash_coins=hash_coins,
+    lay_out=lay_out,
     rank_rows=rank_rows,
 )

@@ -136,7 +136,7 @@ class CellBatch(NamedTuple):
     """What the corpus hands to the collator.
 
     Attributes:
-        cells: All genes of the B cells in ranking order, uncut.
+        cells: Genes of the B cells in ranking order, all of them or as many as the corpus was told to fetch.
         draws: (B, 4) int64, the rows of `CellDraw`.
         dataset_ids: (B,) int64, the file of each cell.
         measured_genes: (files, V) bool, the genes that each file measures.
@@ -158,6 +158,7 @@ class CellCorpus(TorchDataset[CellBatch]):
         split: ``train`` or ``validation``.
         ranking_settings: ``tokenizer.ranking_settings``; a corpus made with others is refused.
         conditions: Of the network's config, name of a kept ``obs`` column (or "library_size") -> categories.
+        max_genes: Genes fetched of a cell; None fetches all, which thinning and gene queries need.
 
     Raises:
         FileNotFoundError: If the corpus or a shard is missing.
@@ -173,8 +174,10 @@ class CellCorpus(TorchDataset[CellBatch]):
         *,
         ranking_settings: Mapping[str, Any],
         conditions: Mapping[str, Sequence[Any]] | None = None,
+        max_genes: int | None = None,
     ) -> None:
         self.folder, self.split, self.conditions = Path(folder), split, dict(conditions or {})
+        self.max_genes = max_genes
         self.manifest = read_manifest(folder)
         self.target_sum = float(self.manifest["ranking"]["target_sum"])
         self.value_kind: str = self.manifest["value_kind"]
@@ -230,15 +233,15 @@ class CellCorpus(TorchDataset[CellBatch]):
             [CellDraw(draw) if isinstance(draw, int | np.integer) else draw for draw in draws], dtype=np.int64
         )
         rows = keys[:, 0]
-        offsets, token_ids = self._rows.lists("gene_ids", rows)
+        offsets, token_ids = self._rows.lists("gene_ids", rows, self.max_genes)
         token_ids = token_ids.astype(np.int32)
         ids = [self._condition_ids(name, rows) for name in self.conditions]
         dataset_ids = self._rows.numbers("dataset_id", rows).astype(np.int64)
         origin = (dataset_ids, self.measured_genes, np.stack(ids, axis=1) if ids else None)
         if self.value_kind == "log1p":
-            values = self._rows.lists("expression_values", rows)[1].astype(np.float32)
+            values = self._rows.lists("expression_values", rows, self.max_genes)[1].astype(np.float32)
             return CellBatch(FlatCells(offsets, token_ids, values, None, None), keys, *origin)
-        counts = self._rows.lists("counts", rows)[1].astype(np.int32)
+        counts = self._rows.lists("counts", rows, self.max_genes)[1].astype(np.int32)
         library_size = self._rows.numbers("library_size", rows).astype(np.float64)
         values = cell_values(offsets, counts, library_size, self.target_sum)
         return CellBatch(FlatCells(offsets, token_ids, values, counts, library_size), keys, *origin)

@@ -47,7 +47,14 @@ def corpus_loader(
         A loader whose ``batch_sampler`` is a `CellBatchSampler`.
     """
     is_train = split == "train"
-    cells = CellCorpus(corpus, split, ranking_settings=tokenizer.ranking_settings, conditions=conditions)
+    needs_tail = corruption.get("depth_corruption") == "thin" or corruption.get("n_gene_queries")
+    cells = CellCorpus(
+        corpus,
+        split,
+        ranking_settings=tokenizer.ranking_settings,
+        conditions=conditions,
+        max_genes=None if needs_tail else tokenizer.max_genes,
+    )
     rank, world_size = process
     if not is_train:
         seed, corruption["depth_corruption"], corruption["condition_dropout"] = 0, "none", (0.0, 0.0)

@@ -12,7 +12,7 @@ no separate tie rule is needed.
 Dimensions: B cells, T gene tokens of all these cells together, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,10 +107,35 @@ def normalise_counts(counts: np.ndarray, library_size: np.ndarray, target_sum: f
     return np.log1p(scaled).astype(np.float32)
 
 
+def map_counts(
+    offsets: np.ndarray, counts: np.ndarray, function: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Evaluate a function of a count and its cell at every entry: by a table, because most counts are small.
+
+    Args:
+        offsets: (B + 1,) cell boundaries.
+        counts: (T,) integer molecules.
+        function: Takes n counts and n cells (0 to B - 1), gives n float32.
+
+    Returns:
+        (T,) float32.
+    """
+    n_cells, kernels = len(offsets) - 1, compiled_kernels()
+    if kernels is None:
+        return function(counts, np.repeat(np.arange(n_cells), np.diff(offsets)))
+    with np.errstate(divide="ignore", invalid="ignore"):  # an empty cell has a row too, and looks nothing up
+        table = function(np.tile(np.arange(TABLE_WIDTH), n_cells), np.repeat(np.arange(n_cells), TABLE_WIDTH))
+    values = np.empty(len(counts), dtype=np.float32)
+    kernels.look_up(offsets, counts, table.reshape(n_cells, TABLE_WIDTH), values)
+    entries = np.flatnonzero(counts >= TABLE_WIDTH)
+    values[entries] = function(counts[entries], np.searchsorted(offsets, entries, side="right") - 1)
+    return values
+
+
 def cell_values(
     offsets: np.ndarray, counts: np.ndarray, library_size: np.ndarray, target_sum: float
 ) -> np.ndarray:
-    """Turn the molecules of cells into expression values; a cell has few different counts, and many genes.
+    """Turn the molecules of cells into expression values.
 
     Args:
         offsets: (B + 1,) cell boundaries.
@@ -121,18 +146,9 @@ def cell_values(
     Returns:
         (T,) float32, those of `normalise_counts`.
     """
-    kernels = compiled_kernels()
-    if kernels is None:
-        return normalise_counts(counts, np.repeat(library_size, np.diff(offsets)), target_sum)
-    small = np.tile(np.arange(TABLE_WIDTH), (len(library_size), 1))
-    sizes = np.maximum(library_size, 1.0)[:, None]  # an empty cell looks nothing up
-    table = normalise_counts(small, sizes, target_sum)  # (B, 64)
-    values = np.empty(len(counts), dtype=np.float32)
-    kernels.look_up(offsets, counts, table, values)
-    entries = np.flatnonzero(counts >= TABLE_WIDTH)
-    rows = np.searchsorted(offsets, entries, side="right") - 1
-    values[entries] = normalise_counts(counts[entries], library_size[rows], target_sum)
-    return values
+    return map_counts(
+        offsets, counts, lambda some, cells: normalise_counts(some, library_size[cells], target_sum)
+    )
 
 
 def score_keys(values: np.ndarray, token_ids: np.ndarray, ranking_weights: np.ndarray) -> np.ndarray:
@@ -369,6 +385,30 @@ def select_cells(cells: FlatCells, is_kept: np.ndarray) -> FlatCells:
         counts=None if cells.counts is None else cells.counts[entry_is_kept],
         library_size=None if cells.library_size is None else cells.library_size[is_kept],
     )
+
+
+def first_genes(cells: FlatCells, max_genes: int) -> FlatCells:
+    """Cut the tail of every cell.
+
+    Args:
+        cells: B ranked cells.
+        max_genes: Genes kept of a cell.
+
+    Returns:
+        The cells; they themselves where none is longer.
+    """
+    if (cells.n_genes <= max_genes).all():
+        return cells
+    offsets = _cut_offsets(cells.offsets, max_genes)
+    bounds = list(
+        zip(cells.offsets[:-1].tolist(), (cells.offsets[:-1] + np.diff(offsets)).tolist(), strict=True)
+    )
+
+    def cut(flat: np.ndarray) -> np.ndarray:
+        return np.concatenate([flat[start:stop] for start, stop in bounds])
+
+    counts = None if cells.counts is None else cut(cells.counts)
+    return FlatCells(offsets, cut(cells.token_ids), cut(cells.values), counts, cells.library_size)
 
 
 def select_genes(cells: FlatCells, is_kept: np.ndarray) -> FlatCells:
