@@ -53,6 +53,7 @@ from tokenization_scdiva.files import (
     atomic_path,
     errors_name,
     file_sha256,
+    file_stamp,
     open_cells,
     remove_partials,
     write_json,
@@ -153,9 +154,7 @@ def _build_identity(
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()
         },
         "value_kind": "log1p" if settings.expression_is_log1p else "counts",
-        "files": {
-            name: [path.name, path.stat().st_size if path.is_file() else 0] for name, path in files.items()
-        },
+        "files": {name: [path.name, file_stamp(path)] for name, path in files.items()},
     }
     text = json.dumps(identity, sort_keys=True)
     return identity | {"hash": hashlib.sha256(text.encode()).hexdigest()}
