@@ -75,7 +75,7 @@ def run_on_ray(function: UnitFunction, units: Sequence[Any], progress: Progress)
         return
     if not ray.is_initialized():
         ray.init()
-    attempts = ray.remote(num_cpus=0)(_Attempts).remote()
+    attempts = _attempt_counter(ray)
     job = ray.put((function, list(units)))
     tasks = ray.data.range(len(units), override_num_blocks=len(units)).map(
         partial(_run_unit, job=job, attempts=attempts), num_cpus=1
@@ -104,16 +104,19 @@ class _Counter:
         self.n_done += int(n)
 
 
-class _Attempts:
-    """How often each unit was begun, in an actor, so that the count outlives the workers."""
+def _attempt_counter(ray: Any) -> Any:
+    """Start an actor that counts how often each unit was begun; it outlives the workers."""
 
-    def __init__(self) -> None:
-        self.n_attempts: dict[int, int] = {}
+    # Made here, the class travels by value, and its process starts without importing this package.
+    class Attempts:
+        def __init__(self) -> None:
+            self.n_attempts: dict[int, int] = {}
 
-    def begin(self, unit: int) -> int:
-        """Count one more attempt at a unit and return their number."""
-        self.n_attempts[unit] = self.n_attempts.get(unit, 0) + 1
-        return self.n_attempts[unit]
+        def begin(self, unit: int) -> int:
+            self.n_attempts[unit] = self.n_attempts.get(unit, 0) + 1
+            return self.n_attempts[unit]
+
+    return ray.remote(num_cpus=0)(Attempts).remote()
 
 
 def _run_unit(row: dict[str, Any], *, job: Any, attempts: Any) -> dict[str, Any]:
