@@ -32,10 +32,13 @@ from tokenization_scdiva.files import file_sha256
 def ray_cluster():
     """Two workers on this machine."""
     ray = pytest.importorskip("ray", reason="needs Ray: pip install 'scdiva[ray]'")
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")  # tests never reach for the network
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test file
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
     yield ray
     ray.shutdown()
+    monkeypatch.undo()
 
 
 def hashes(folder):
