@@ -26,6 +26,7 @@ from tokenization_scdiva import (
 )
 from tokenization_scdiva.engines import run_on_ray, run_serially
 from tokenization_scdiva.files import file_sha256
+from tokenization_scdiva.soma import SomaSource, write_source
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_ray_gives_results_and_errors_in_order(ray_cluster):
 def test_a_unit_that_kills_every_worker_is_given_up(ray_cluster, monkeypatch):
     results = run_on_ray(end_process, [0, 1], Bar())
     assert next(results) == 0
-    with pytest.raises(RuntimeError, match=r"1 was begun 5 times, and each time its worker died"):
+    with pytest.raises(RuntimeError, match=r"The unit 1 was begun 5 times, and each time its worker died"):
         next(results)
 
 
@@ -133,6 +134,22 @@ def test_corpus_through_ray_has_the_same_bytes(ray_cluster, cell_files, tokenize
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "ray").glob("*.arrow")}
     build(cell_files, tmp_path / "ray", tokenizer, run_on_ray, **settings)
     assert {path: path.stat().st_mtime_ns for path in times} == times  # what is finished is not made again
+
+
+@pytest.mark.scale
+def test_pieces_of_a_soma_experiment_through_ray(ray_cluster, cell_files, tokenizer, tmp_path):
+    reason = "needs TileDB-SOMA: pip install 'scdiva[census]'"
+    pytest.importorskip("tiledbsoma.io", reason=reason).from_h5ad(
+        str(tmp_path / "first"), str(cell_files["first"]), measurement_name="RNA"
+    )
+    files = {}
+    for first in (0, 100):
+        files[f"piece{first}"] = tmp_path / f"piece{first}.soma.json"
+        write_source(files[f"piece{first}"], SomaSource("first", joinids=(first, first + 99)))
+    manifest = build(files, tmp_path / "serial", tokenizer, run_serially, n_shards=2)
+    assert [dataset["n_cells"] for dataset in manifest["datasets"]] == [100, 50]
+    build(files, tmp_path / "ray", tokenizer, run_on_ray, n_shards=2)
+    assert hashes(tmp_path / "ray") == hashes(tmp_path / "serial")
 
 
 @pytest.mark.scale

@@ -1,4 +1,4 @@
-"""The cost curve of a corpus is measured on real builds, the arithmetic of data/SCALING.md is that of the code.
+"""The cost curve of a corpus is measured on real builds; the arithmetic of data/SCALING.md is the code's.
 
 Tests marked scale need the extra ray. Run: pytest tests/test_scaling.py -m "scale or not scale"
 """

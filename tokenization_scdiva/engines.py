@@ -129,9 +129,9 @@ def _run_unit(row: dict[str, Any], *, job: Any, attempts: Any) -> dict[str, Any]
         n_attempts = ray.get(attempts.begin.remote(int(row["id"])))
         if n_attempts > MAX_ATTEMPTS:
             msg = (
-                f"{unit!r:.500} was begun {MAX_ATTEMPTS} times, and each time its worker died: out of "
-                "memory, or a crash in a library? See the logs of Ray. What is finished is kept: start again "
-                "to go on."
+                f"The unit {unit!r:.500} was begun {MAX_ATTEMPTS} times, and each time its worker died: out "
+                "of memory, or a crash in a library? See the logs of Ray. What is finished is kept: start "
+                "again to go on."
             )
             raise RuntimeError(msg)
         outcome: Any = function(unit, counter)
