@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-upstream check format bench golden clean
+.PHONY: demo test test-all test-upstream test-scale check format bench golden clean
 
 demo: $(INSTALLED)  ## vocabulary, corpus, short pretraining, embedding, table, two pictures
 	$(BIN)/python examples/quickstart.py
@@ -13,10 +13,14 @@ test: $(INSTALLED)  ## the fast tests
 	$(BIN)/python -m pytest
 
 test-all: $(INSTALLED)  ## the slow ones too
-	$(BIN)/python -m pytest -m "not upstream and not gpu"
+	$(BIN)/python -m pytest -m "not upstream and not gpu and not scale"
 
 test-upstream: $(INSTALLED)  ## transformers' own model tests, fetched from its source distribution
 	$(BIN)/python -m pytest -m upstream tests/upstream
+
+test-scale: $(INSTALLED)  ## corpora through Ray and from SOMA experiments; installs the extras ray and census
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray,census]"
+	$(BIN)/python -m pytest -m scale
 
 check: $(INSTALLED)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -2,11 +2,12 @@
 
     python data/build_corpus.py cells/*.h5ad --tokenizer tokenizer --output corpus --num-shards 8
     python data/build_corpus.py cells/*.h5ad --tokenizer tokenizer --output corpus --num-shards 8 --shard 3
+    python data/build_corpus.py cells/*.h5ad --tokenizer tokenizer --output corpus --num-shards 8 --engine ray
 
 The second line builds one part. Any part can be built by itself, on any machine; the parts together are the
-same bytes as a build in one go. An interrupted build goes on where it stopped when started again. Size: 4
-bytes per stored gene and cell (2 kB for a shallow PBMC, 10 kB for a deep cell), and as much again until the
-build is done.
+same bytes as a build in one go, and so is what a Ray cluster builds (third line; data/SCALING.md). An
+interrupted build goes on where it stopped when started again. Size: 4 bytes per stored gene and cell (2 kB
+for a shallow PBMC, 10 kB for a deep cell), and as much again until the build is done.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 from tokenization_scdiva import CorpusSettings, ScDivaTokenizer, build_corpus, find_cell_files
+from tokenization_scdiva.engines import ENGINES
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--min_count_overlap", type=float, default=0.5, help="least share of molecules in them"
     )
+    parser.add_argument("--engine", choices=sorted(ENGINES), default="serial", help="what runs the work")
     return parser.parse_args()
 
 
@@ -80,7 +83,14 @@ def main() -> None:
         min_gene_overlap=args.min_gene_overlap,
         min_count_overlap=args.min_count_overlap,
     )
-    manifest = build_corpus(files, args.output, tokenizer=tokenizer, settings=settings, shards=args.shard)
+    manifest = build_corpus(
+        files,
+        args.output,
+        tokenizer=tokenizer,
+        settings=settings,
+        shards=args.shard,
+        run_units=ENGINES[args.engine],
+    )
     elapsed = time.perf_counter() - start
     if manifest is None:
         print(

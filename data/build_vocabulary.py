@@ -1,6 +1,7 @@
 """Build a tokenizer (gene vocabulary with population entropies) from files of cells.
 
     python data/build_vocabulary.py cells/*.h5ad --gene_table hgnc.parquet gencode.parquet --output tokenizer
+    python data/build_vocabulary.py cells/*.h5ad --gene_table hgnc.parquet --output tokenizer --engine ray
     python data/build_vocabulary.py atlas_folder --n_genes 4096 --max_genes 256 --output small_tokenizer
 
 Writes a folder of about 5 MB per 40,000 genes: `gene_vocabulary.json`, `tokenizer_config.json`, the
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 from tokenization_scdiva import ScDivaTokenizer, build_vocabulary, find_cell_files, read_gene_tables
+from tokenization_scdiva.engines import ENGINES
 from tokenization_scdiva.files import open_cells, write_json
 from tokenization_scdiva.genes_scdiva import ensembl_id, gene_name_columns
 
@@ -54,6 +56,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--target_sum", type=float, default=1e4, help="molecules every cell is scaled to")
     parser.add_argument("--gene_order", choices=["entropy", "expression", "random"], default="entropy")
     parser.add_argument("--entropy_epsilon", type=float, default=1.0, help="nats added to every entropy")
+    parser.add_argument(
+        "--engine", choices=sorted(ENGINES), default="serial", help="what runs the entropy statistics"
+    )
     return parser.parse_args()
 
 
@@ -91,6 +96,7 @@ def main() -> None:
         n_genes=args.n_genes,
         keep_genes=gene_names(args.keep_genes),
         min_gene_overlap=args.min_gene_overlap,
+        run_units=ENGINES[args.engine],
     )
     tokenizer = ScDivaTokenizer(
         vocabulary=vocabulary,

@@ -20,7 +20,7 @@ import torch
 PACKAGES = (
     "scdiva", "torch", "transformers", "accelerate", "datasets", "peft", "anndata", "numpy", "scipy",
     "pandas", "scikit-learn", "scanpy", "umap-learn", "scib-metrics", "harmonypy", "POT", "scvi-tools",
-    "pyarrow", "h5py", "numba",
+    "pyarrow", "h5py", "numba", "ray", "tiledbsoma",
 )  # fmt: skip
 CPU_INFO = Path("/proc/cpuinfo")
 GIT_TIMEOUT_SECONDS = 10

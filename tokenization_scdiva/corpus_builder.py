@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,12 @@ from tokenization_scdiva.corpus_plan import (
     outline_file,
 )
 from tokenization_scdiva.counts_scdiva import read_counts
+from tokenization_scdiva.engines import Engine, Progress, run_serially
 from tokenization_scdiva.files import (
     atomic_path,
     errors_name,
     file_sha256,
+    file_stamp,
     open_cells,
     remove_partials,
     write_json,
@@ -78,6 +81,7 @@ def build_corpus(
     tokenizer: ScDivaTokenizer,
     settings: CorpusSettings,
     shards: Sequence[int] | None = None,
+    run_units: Engine = run_serially,
     show_progress: bool = True,
 ) -> dict[str, Any] | None:
     """Build a corpus, or some of its shards, with its tokenizer in the folder ``tokenizer``.
@@ -88,6 +92,8 @@ def build_corpus(
         tokenizer: Says which genes are kept, and in which order.
         settings: See `CorpusSettings`.
         shards: Shards to build; default all. Any part of the work can be done on any machine.
+        run_units: Runs first the files, then the shards: `run_serially`, or `run_on_ray` for a cluster. Equal
+            bytes, equal errors.
         show_progress: Show a progress bar.
 
     Returns:
@@ -97,7 +103,7 @@ def build_corpus(
         ValueError: If there is no such shard, or the folder holds a corpus of other arguments. A file that
             is damaged or refused raises what its reader raises, with its path in the message.
     """
-    output = Path(output)
+    output = Path(output).absolute()  # workers may run in another folder
     wanted = range(settings.n_shards) if shards is None else sorted(set(shards))
     if any(not 0 <= shard < settings.n_shards for shard in wanted):
         msg = f"Shards must lie in [0, {settings.n_shards}), got {list(wanted)}."
@@ -113,16 +119,20 @@ def build_corpus(
         label = hashlib.sha256(json.dumps([build["hash"], list(wanted)]).encode()).hexdigest()[:16]
         folder = output / f".parts-{label}"
         n_cells = sum(outline.n_cells for outline in outlines.values())
+        units = [
+            _Part(folder, name, i, path, frozenset(wanted), held_out)
+            for i, (name, path) in enumerate(files.items())
+        ]
+        make = partial(_make_part, tokenizer=tokenizer, settings=settings)
         with tqdm(total=n_cells, unit=" cells", desc="tokenize", disable=not show_progress) as bar:
-            reports = [
-                _Part(folder, name, i, path, frozenset(wanted), held_out).make(tokenizer, settings, bar)
-                for i, (name, path) in enumerate(files.items())
-            ]
+            reports = list(run_units(make, units, bar))
         parts = _Parts.open(folder, reports)
         features = _features(build["value_kind"], settings, len(tokenizer.vocabulary))
-        for shard in tqdm(missing, unit=" shards", desc="shuffle", disable=not show_progress):
-            _write_shard(output, shard, parts, build, settings, features)
-        del parts
+        write = partial(_make_shard, output=output, content=(parts, build, settings, features))
+        with tqdm(total=len(missing), unit=" shards", desc="shuffle", disable=not show_progress) as bar:
+            for _ in run_units(write, missing, bar):
+                pass
+        del parts, write
         shutil.rmtree(folder, ignore_errors=True)
     _save_tokenizer(tokenizer, output / "tokenizer")
     manifest = _write_manifest(output, build, settings)
@@ -145,9 +155,7 @@ def _build_identity(
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()
         },
         "value_kind": "log1p" if settings.expression_is_log1p else "counts",
-        "files": {
-            name: [path.name, path.stat().st_size if path.is_file() else 0] for name, path in files.items()
-        },
+        "files": {name: [path.name, file_stamp(path)] for name, path in files.items()},
     }
     text = json.dumps(identity, sort_keys=True)
     return identity | {"hash": hashlib.sha256(text.encode()).hexdigest()}
@@ -207,7 +215,7 @@ class _Part:
     shards: frozenset[int]
     held_out: tuple[str, ...]
 
-    def make(self, tokenizer: ScDivaTokenizer, settings: CorpusSettings, bar: tqdm) -> dict[str, Any]:
+    def make(self, tokenizer: ScDivaTokenizer, settings: CorpusSettings, bar: Any) -> dict[str, Any]:
         """Tokenize the file unless that is done, and return its report."""
         report_path = self.folder / f"{self.name}.json"
         if report_path.exists():
@@ -281,6 +289,13 @@ class _Part:
             "matched_fraction_of_counts": matched / total if total else 0.0,
             "n_rows": n_written,
         }
+
+
+def _make_part(
+    part: _Part, bar: Progress, *, tokenizer: ScDivaTokenizer, settings: CorpusSettings
+) -> dict[str, Any]:
+    """One unit of the first pass: a file becomes a part."""
+    return part.make(tokenizer, settings, bar)
 
 
 def _features(value_kind: str, settings: CorpusSettings, vocab_size: int) -> Features:
@@ -385,6 +400,12 @@ def _write_shard(
         _sidecar(output, shard, settings.n_shards),
         {"build_hash": build["hash"], "shards": written, "datasets": datasets},
     )
+
+
+def _make_shard(shard: int, bar: Progress, *, output: Path, content: tuple[Any, ...]) -> None:
+    """One unit of the second pass: a shard gathers its rows from the parts."""
+    _write_shard(output, shard, *content)
+    bar.update(1)
 
 
 def _write_manifest(

@@ -12,6 +12,8 @@ from typing import Any
 
 import anndata
 
+from tokenization_scdiva.soma import SOURCE_ENDING, is_soma, open_soma
+
 CELL_FILE_ENDINGS = (".h5ad", ".h5")
 MTX_NAMES = ("matrix.mtx", "matrix.mtx.gz")
 
@@ -20,12 +22,12 @@ def find_cell_files(inputs: Iterable[str | Path]) -> dict[str, Path]:
     """Resolve files, globs and folders to a sorted table of data sets.
 
     Args:
-        inputs: h5ad files, 10x ``.h5`` files, 10x folders (``matrix.mtx[.gz]`` inside), globs, or folders of
-            these.
+        inputs: h5ad files, 10x ``.h5`` files, 10x folders (``matrix.mtx[.gz]`` inside), SOMA experiments and
+            ``.soma.json`` files that name one (see `soma`), globs, or folders of these.
 
     Returns:
         Data set name -> path, sorted by name; a file given twice counts once. The name is the file's stem (a
-        10x folder's whole name), with the folder above before it where two are equal.
+        folder's whole name), with the folder above before it where two are equal.
 
     Raises:
         FileNotFoundError: If an input matches nothing.
@@ -38,8 +40,8 @@ def find_cell_files(inputs: Iterable[str | Path]) -> dict[str, Path]:
         found = [path for match in matches for path in _cell_files_at(Path(match))]
         if not found:
             msg = (
-                f"No cells at {str(entry)!r}: wanted an .h5ad or 10x .h5 file, a 10x folder, or a folder of "
-                "these."
+                f"No cells at {str(entry)!r}: wanted an .h5ad or 10x .h5 file, a 10x folder, a SOMA "
+                f"experiment, a {SOURCE_ENDING} file, or a folder of these."
             )
             raise FileNotFoundError(msg)
         for path in found:
@@ -57,10 +59,14 @@ def find_cell_files(inputs: Iterable[str | Path]) -> dict[str, Path]:
 
 
 def _dataset_name(path: Path) -> str:
+    if path.name.endswith(SOURCE_ENDING):
+        return path.name.removesuffix(SOURCE_ENDING)
     return path.stem if path.suffix in CELL_FILE_ENDINGS else path.name
 
 
 def _is_cells(path: Path) -> bool:
+    if is_soma(path):
+        return True
     if path.is_file():
         return path.suffix in CELL_FILE_ENDINGS
     return any((path / name).exists() for name in MTX_NAMES)
@@ -72,19 +78,37 @@ def _cell_files_at(path: Path) -> list[Path]:
     return sorted(child for child in path.iterdir() if _is_cells(child))
 
 
-@contextmanager
-def open_cells(path: Path) -> Iterator[anndata.AnnData]:
-    """Open a file of cells, h5ad without loading its matrix, 10x formats through scanpy's readers.
+def file_stamp(path: Path) -> int | str:
+    """Say what tells a file of cells from another version of it.
 
     Args:
-        path: h5ad file, 10x ``.h5`` file or 10x folder.
+        path: File or folder of cells.
+
+    Returns:
+        Size in bytes, 0 for folders; of a ``.soma.json`` file its text.
+    """
+    if path.name.endswith(SOURCE_ENDING):
+        return path.read_text("utf-8")
+    return path.stat().st_size if path.is_file() else 0
+
+
+@contextmanager
+def open_cells(path: Path) -> Iterator[anndata.AnnData]:
+    """Open a file of cells, h5ad and SOMA without loading the matrix, 10x formats through scanpy's readers.
+
+    Args:
+        path: h5ad file, 10x ``.h5`` file, 10x folder, SOMA experiment or ``.soma.json`` file.
 
     Yields:
-        AnnData; backed for h5ad, and closed afterwards.
+        AnnData, backed for h5ad, or what is read like one (`SomaCells`); closed afterwards.
 
     Raises:
         OSError: If the file is damaged or of another kind.
     """
+    if is_soma(path):
+        with open_soma(path) as cells:
+            yield cells  # type: ignore[misc]
+        return
     if path.suffix != ".h5ad":
         _require_scanpy(path)
     try:

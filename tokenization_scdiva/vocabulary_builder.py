@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokenization_scdiva.counts_scdiva import Counts, read_counts
+from tokenization_scdiva.engines import Engine, Progress, run_serially
 from tokenization_scdiva.files import errors_name, open_cells
 from tokenization_scdiva.gene_entropy import GeneEntropy
 from tokenization_scdiva.gene_table import GeneTable, canonical_genes
@@ -49,6 +51,7 @@ def build_vocabulary(  # noqa: PLR0913 (the arguments of data/build_vocabulary.p
     n_genes: int | None = None,
     keep_genes: Sequence[str] = (),
     min_gene_overlap: float = 0.1,
+    run_units: Engine = run_serially,
     show_progress: bool = True,
 ) -> tuple[GeneVocabulary, list[dict[str, Any]]]:
     """Build a vocabulary from all genes of some files.
@@ -71,6 +74,8 @@ def build_vocabulary(  # noqa: PLR0913 (the arguments of data/build_vocabulary.p
             whatever ``n_genes`` and ``min_cells`` say. A warning and ``source["keep_genes_missing"]`` tell
             those that no cell expresses.
         min_gene_overlap: Least share of a file's genes that the table must know.
+        run_units: Runs the second pass over the files: `run_serially`, or `run_on_ray` for a cluster. Equal
+            results.
         show_progress: Show a progress bar.
 
     Returns:
@@ -80,9 +85,10 @@ def build_vocabulary(  # noqa: PLR0913 (the arguments of data/build_vocabulary.p
     candidates, reports = _collect_genes(files, gene_table, reading, min_gene_overlap)
     entropy = GeneEntropy(candidates.n_genes, target_sum=target_sum)
     n_cells = sum(report["n_cells"] for report in reports)
+    of_file = partial(_file_entropy, candidates=candidates, reading=reading, target_sum=target_sum)
     with tqdm(total=n_cells, unit=" cells", disable=not show_progress) as bar:
-        for path in files.values():
-            _add_cells(entropy, path, candidates, reading, bar)
+        for histograms in run_units(of_file, list(files.values()), bar):
+            entropy.merge(histograms)
     wanted, missing = _wanted_genes(keep_genes, entropy, candidates)
     kept = np.union1d(_kept_genes(entropy, min_cells=min_cells, n_genes=n_genes), wanted)
     ids = [candidates.gene_ids[candidates.n_special_tokens + gene] for gene in kept]
@@ -178,9 +184,11 @@ def _refuse_second_species(
         raise ValueError(msg)
 
 
-def _add_cells(
-    entropy: GeneEntropy, path: Path, candidates: GeneVocabulary, reading: _Reading, bar: tqdm
-) -> None:
+def _file_entropy(
+    path: Path, bar: Progress, *, candidates: GeneVocabulary, reading: _Reading, target_sum: float
+) -> GeneEntropy:
+    """One unit of the second pass: the histograms of a file, in which only genes it measures have zeros."""
+    entropy = GeneEntropy(candidates.n_genes, target_sum=target_sum)
     with reading.open(path) as (_, counts, columns):
         match = match_genes(columns, candidates, gene_totals=counts.gene_totals, min_gene_overlap=0.0)
         column_genes = np.where(match.token_ids < 0, -1, match.token_ids - candidates.n_special_tokens)
@@ -189,6 +197,7 @@ def _add_cells(
         for _, cells, _ in iter_flat_cells(counts, column_genes, target_sum=entropy.target_sum):
             entropy.update(cells.token_ids, cells.values, cells.n_cells, measured=is_measured)
             bar.update(cells.n_cells)
+    return entropy
 
 
 def _wanted_genes(
