@@ -26,8 +26,9 @@ from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from modeling_scdiva import ScDivaConfig
+from modeling_scdiva.hardware import PEAK_TFLOPS
 from modeling_scdiva.provenance import collect_provenance, result_path
-from modeling_scdiva.training_metrics import PEAK_TFLOPS, train_flops
+from modeling_scdiva.training_metrics import train_flops
 from tokenization_scdiva import (
     CorpusSettings,
     ScDivaTokenizer,
