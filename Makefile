@@ -31,8 +31,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED)  ## needs DATA, see benchmarks/README.md
-	PYTHON=$(BIN)/python bash benchmarks/run_small_pretraining.sh
+bench: $(INSTALLED)  ## speed of every stage beside its peer; STAGE=ranking for one, DATA="a.h5ad ..." for real files
+	$(BIN)/python benchmarks/run_speed.py $(STAGE) $(if $(DATA),--data $(DATA))
 
 golden: $(INSTALLED)  ## write the frozen numbers of tests/golden anew; say why in the changelog
 	$(BIN)/python -m pytest tests/test_golden.py --write-golden

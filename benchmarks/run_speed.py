@@ -2,6 +2,7 @@
 
     make bench                    # all stages, below 20 minutes on two cores
     make bench STAGE=ranking      # one of them
+    make bench DATA="a.h5ad b.h5ad"    # with these files as well
     python benchmarks/run_speed.py --output benchmarks/results    # keep the numbers
 
 Each stage is a script in benchmarks/speed, run in a process of its own, and says by `--help` what it does. It
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stages", nargs="*", help=f"default: all of {', '.join(STAGES)}")
+    parser.add_argument("--data", nargs="+", default=[], help="real h5ad files, for a stage of their own")
     parser.add_argument("--output", type=Path, help="JSON file or folder, to keep the numbers")
     parser.add_argument("--stored", type=Path, help="result to compare with; default: the newest stored one")
     arguments = parser.parse_args()
@@ -41,12 +44,13 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def measure(stage: str) -> dict[str, Any]:
+def measure(stage: str, files: Sequence[str] = ()) -> dict[str, Any]:
     """Run the script of a stage; what it prints is shown."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "stage.json"
         script = HERE / "speed" / f"{stage}.py"
-        done = subprocess.run([sys.executable, str(script), "--output", str(output)], check=False)
+        words = [sys.executable, str(script), *files, "--output", str(output)]
+        done = subprocess.run(words, check=False)
         if not output.exists():
             sys.exit(f"The stage {stage} broke off with code {done.returncode}; see above.")
         return json.loads(output.read_text("utf-8"))
@@ -82,6 +86,9 @@ def main() -> None:
     for stage in arguments.stages:
         print(f"--- {stage}", flush=True)
         measured[stage] = measure(stage)
+    if arguments.data:
+        print("--- real_files", flush=True)
+        measured["real_files"] = measure("real_files", arguments.data)
     missed = [
         f"{stage}: {line['name']} misses its floor, {line['value']:.3g} instead of {line['floor']:g}"
         for stage, numbers in measured.items()

@@ -141,7 +141,7 @@ def report(stage: str, lines: list[Line], timings: Mapping[str, Timing], **detai
     """
     parser = argparse.ArgumentParser(description=f"Speed of the stage {stage!r}.")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    output = parser.parse_args().output
+    output = parser.parse_known_args()[0].output
     for line in lines:
         print(describe(line))
     if output is not None:
