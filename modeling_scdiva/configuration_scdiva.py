@@ -94,6 +94,8 @@ class ScDivaConfig(PreTrainedConfig):
             "library_size" stands for depth: its entries are the inner edges, in molecules, of the classes.
         quality_head: Add a head that judges visible genes, for re-masking; see modeling_scdiva.quality.
         sparse_prediction: Compute gene logits at masked positions only, unless all are asked for.
+        loss_chunk_size: Positions whose gene logits are in memory at once for the gene loss; None = all. A
+            number saves memory: logits are then computed again in the backward pass, and not returned.
         cell_pooling: What the classifier reads: "lat" (the anchor) or "mean" (mean over the gene positions).
         vocabulary_hash: Content hash of the vocabulary the weights belong to.
         auto_map: Where the Auto classes find the code beside a checkpoint; filled here.
@@ -145,6 +147,7 @@ class ScDivaConfig(PreTrainedConfig):
     conditions: dict | None = None
     quality_head: bool = False
     sparse_prediction: bool = True
+    loss_chunk_size: int | None = None
     cell_pooling: Literal["lat", "mean"] = "lat"
     vocabulary_hash: str | None = None
     auto_map: dict | None = None
@@ -190,6 +193,9 @@ class ScDivaConfig(PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "
                 f"({self.num_attention_heads}): rotary positions need an even head width."
             )
+            raise ValueError(msg)
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            msg = f"loss_chunk_size must be at least 1 position, or None for all, got {self.loss_chunk_size}."
             raise ValueError(msg)
         for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:

@@ -1,8 +1,8 @@
 """Training step of the published network on full-length cells: against the peak, and against plain torch.
 
-The peak is the rate of a 2048 x 2048 matrix product in fp32 in the same process, between the same steps; FLOPs
-are counted by the formula of modeling_scdiva/training_metrics.py. The plain step does the same work without
-any library (plain_network.py). A step is forward, backward, clip and AdamW, on one thread.
+The peak is the rate of a 2048 x 2048 matrix product in fp32 in the same process, between the same steps;
+FLOPs are counted by the formula of modeling_scdiva/training_metrics.py. The plain step does the same work
+without any library (plain_network.py). A step is forward, backward, clip and AdamW, on one thread.
 
     python benchmarks/speed/training.py
 """
