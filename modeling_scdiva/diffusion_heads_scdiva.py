@@ -185,6 +185,25 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
         answers = self.query_decoder(cell_embeddings, self.model.embed_tokens(gene_ids))  # (B, Q, 2)
         return answers[..., 0], nn.functional.softplus(answers[..., 1])
 
+    def _logits_at(
+        self,
+        hidden_states: torch.Tensor,
+        rows: tuple[torch.Tensor, ...],
+        input_ids: torch.Tensor | None,
+        is_attended: torch.Tensor,
+        *,
+        wants_all: bool,
+    ) -> torch.Tensor:
+        """Compute the gene logits of states (B, S, D) at positions, cell and place (n,) each, or at all.
+
+        Returns:
+            (n, V) or (B, S, V) logits.
+        """
+        if not wants_all:
+            return self._gene_logits(hidden_states[rows], rows[0], input_ids, is_attended)
+        cell_index = torch.arange(len(hidden_states), device=hidden_states.device).unsqueeze(1)  # (B, 1)
+        return self._gene_logits(hidden_states, cell_index, input_ids, is_attended)
+
     def _gene_logits(
         self,
         hidden_states: torch.Tensor,
@@ -313,8 +332,9 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
         self._refuse_impossible_labels(row_logits, labels[rows])
         return gene_nats(row_logits, labels[rows])
 
-    def _chunked_gene_nats(
+    def _gene_loss(
         self,
+        row_logits: torch.Tensor | None,
         hidden_states: torch.Tensor,
         labels: torch.Tensor,
         rows: tuple[torch.Tensor, ...],
@@ -322,11 +342,14 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
         is_attended: torch.Tensor,
         bounds: RankBounds | None = None,
     ) -> torch.Tensor:
-        """Do as `_gene_nats`, from states (B, S, D), with the logits of a few positions at a time.
+        """Judge genes as `_gene_nats` does; without logits from states (B, S, D), some positions at a time.
 
         Returns:
-            (n,) nats.
+            (B,) mean nats of each cell.
         """
+        n_cells = len(hidden_states)
+        if row_logits is not None:
+            return per_cell_mean(self._gene_nats(row_logits, labels, rows, bounds), rows[0], n_cells)
 
         def nats_of(states: torch.Tensor, *some: torch.Tensor) -> torch.Tensor:
             logits = self._gene_logits(states, some[0], input_ids, is_attended)
@@ -337,7 +360,7 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
             checkpoint(nats_of, *chunk, use_reentrant=False, preserve_rng_state=False)
             for chunk in zip(*chunks, strict=True)
         ]
-        return torch.cat(nats)
+        return per_cell_mean(torch.cat(nats), rows[0], n_cells)
 
     def _expression_loss(
         self,

@@ -26,7 +26,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_scdiva import ScDivaConfig
 from .diffusion_heads_scdiva import ScDivaDiffusionHeads
-from .diffusion_scdiva import per_cell_mean
 from .generation_config_scdiva import ScDivaGenerationConfig
 from .generation_scdiva import ScDivaGenerationMixin
 from .layers_scdiva import (
@@ -268,22 +267,17 @@ class ScDivaForMaskedDiffusion(ScDivaGenerationMixin, ScDivaLikelihoodMixin, ScD
         masks = self._position_masks(input_ids, inputs_embeds, attention_mask, is_masked)
         cells = (input_ids, expression_values, attention_mask, is_masked, position_ids, inputs_embeds)
         outputs = self.model(*cells, condition_ids, **kwargs)
-        hidden_states, n_cells = outputs.last_hidden_state, len(outputs.last_hidden_state)  # (B, S, D)
+        hidden_states = outputs.last_hidden_state  # (B, S, D)
         # 1. Genes at n positions.
         is_wanted = masks.is_gene_masked if labels is None else masks.is_attended & (labels != -100)  # (B, S)
         rows = is_wanted.nonzero(as_tuple=True)  # cell and position of each, (n,) both
         wants_all = not self.config.sparse_prediction if output_all_logits is None else output_all_logits
         is_chunked = labels is not None and self.config.loss_chunk_size is not None and not wants_all
-        logits: Any = None
-        row_logits: Any = None
-        if wants_all:
-            cell_index = torch.arange(n_cells, device=hidden_states.device).unsqueeze(1)  # (B, 1)
-            logits = self._gene_logits(hidden_states, cell_index, input_ids, masks.is_attended)  # (B, S, V)
-            row_logits = logits[rows]  # (n, V)
-        elif not is_chunked:
-            logits = row_logits = self._gene_logits(
-                hidden_states[rows], rows[0], input_ids, masks.is_attended
-            )
+        cells_shown = (input_ids, masks.is_attended)
+        logits: Any = (
+            None if is_chunked else self._logits_at(hidden_states, rows, *cells_shown, wants_all=wants_all)
+        )
+        row_logits = logits[rows] if wants_all else logits  # (n, V)
 
         # 2. Laws of values at all positions: (B, S), and (B, S) or None.
         law = self._value_parameters(hidden_states, self._value_genes(input_ids, rows, row_logits, labels))
@@ -292,12 +286,8 @@ class ScDivaForMaskedDiffusion(ScDivaGenerationMixin, ScDivaLikelihoodMixin, ScD
         cell_losses = dict.fromkeys(("gene", "expression", "latent"))  # (B,) each
         bounds = None if labels is None else self._rank_bounds(cells, size_factors, masks)
         if labels is not None:
-            nats = (
-                self._chunked_gene_nats(hidden_states, labels, rows, input_ids, masks.is_attended, bounds)
-                if is_chunked
-                else self._gene_nats(row_logits, labels, rows, bounds)
-            )
-            cell_losses["gene"] = per_cell_mean(nats, rows[0], n_cells)
+            ways = (row_logits, hidden_states)  # logits as they are, or in chunks from the states
+            cell_losses["gene"] = self._gene_loss(*ways, labels, rows, *cells_shown, bounds)
         if expression_labels is not None:
             cell_losses["expression"] = self._expression_loss(
                 law, expression_labels, size_factors, masks, labels=labels, bounds=bounds

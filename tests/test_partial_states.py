@@ -184,7 +184,7 @@ def test_loss_in_chunks_is_the_loss(small_network, cells, chunk, variant):
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
     torch.testing.assert_close(outputs[1].cell_gene_loss, outputs[0].cell_gene_loss, atol=1e-6, rtol=1e-6)
     for name, gradient in gradients[0].items():
-        assert (gradients[1][name] - gradient).norm() <= 2e-6 * gradient.norm(), name
+        assert (gradients[1][name] - gradient).norm() <= 5e-6 * gradient.norm(), name
     assert outputs[0].logits is not None
     assert outputs[1].logits is None
     assert model(**cells, output_all_logits=True).logits.shape == (3, 13, 35)

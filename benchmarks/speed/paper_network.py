@@ -4,13 +4,16 @@ Dimensions: B cells in a loader batch, S positions, V vocabulary, D width, H hea
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from side_by_side import Timing
+from torch import nn
 
 from modeling_scdiva import ScDivaConfig, ScDivaForMaskedDiffusion
+from modeling_scdiva.training import PretrainingArguments, make_optimizer
 from modeling_scdiva.training_metrics import GEMM_SIZE
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples" / "configs" / "paper.json"
@@ -83,6 +86,20 @@ def masked_cells(
     if not is_real.all():
         batch["attention_mask"] = torch.nn.functional.pad(is_real, (1, 0), value=True).long()
     return batch
+
+
+def training_step(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    """Make the step of a network; its optimiser keeps its state from step to step."""
+    arguments = PretrainingArguments(n_steps=1)
+    optimizer = make_optimizer(model, arguments)
+
+    def step() -> None:
+        loss_of().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 def square_product() -> None:

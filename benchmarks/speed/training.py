@@ -7,32 +7,21 @@ without any library (plain_network.py). A step is forward, backward, clip and Ad
     python benchmarks/speed/training.py
 """
 
-from collections.abc import Callable
-
 import torch
-from paper_network import MAX_GENES, masked_cells, paper_model, product_rates, square_product
+from paper_network import (
+    MAX_GENES,
+    masked_cells,
+    paper_model,
+    product_rates,
+    square_product,
+    training_step,
+)
 from plain_network import PlainNetwork
 from side_by_side import interleave, number_line, ratio_line, report
-from torch import nn
 
-from modeling_scdiva.training import PretrainingArguments, make_optimizer
 from modeling_scdiva.training_metrics import train_flops
 
-N_CELLS = 1
-
-
-def training_step(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    """Make the step of a network; its optimiser keeps its state from step to step."""
-    arguments = PretrainingArguments(n_steps=1)
-    optimizer = make_optimizer(model, arguments)
-
-    def step() -> None:
-        loss_of().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+N_CELLS = 2
 
 
 def main() -> None:
