@@ -118,9 +118,7 @@ class ScDivaModel(ScDivaPreTrainedModel):
             raise ValueError(msg)
         gene_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, S, D)
         expression_values = expression_values.to(gene_states.dtype)
-        value_states = self.value_embedding(
-            expression_values, masks.is_measured, masks.is_hidden
-        )  # (B, S, D)
+        value_states = self.value_embedding(expression_values, masks.is_measured, masks.is_hidden)
         if self.config.normalize_embeddings:
             width, eps = (self.config.hidden_size,), self.config.rms_norm_eps
             gene_states = nn.functional.rms_norm(gene_states, width, eps=eps)
@@ -133,19 +131,10 @@ class ScDivaModel(ScDivaPreTrainedModel):
         if not self.config.use_rotary_positions:
             position_ids = torch.zeros_like(position_ids)
         is_attended = masks.is_attended
-        if self.condition_embedding is not None:
-            # Behind the genes in memory, beside `<lat>` by position, on whichever side the padding is: ranks
-            # stay what they are without them.
-            condition_states = self.condition_embedding(condition_ids, n_cells)  # (B, K, D)
-            hidden_states = torch.cat((hidden_states, condition_states.to(hidden_states.dtype)), dim=1)
-            n_conditions = condition_states.shape[1]
-            position_ids = position_ids.expand(n_cells, -1)  # (B, S)
-            beside = position_ids.gather(1, is_attended.long().argmax(dim=1, keepdim=True))  # (B, 1)
-            position_ids = torch.cat((position_ids, beside.expand(-1, n_conditions)), dim=1)
-            is_attended = nn.functional.pad(is_attended, (0, n_conditions), value=True)
-        elif condition_ids is not None:
-            msg = "condition_ids came, and this network was trained without conditions. Leave them out."
-            raise ValueError(msg)
+        if self.condition_embedding is not None or condition_ids is not None:
+            hidden_states, position_ids, is_attended = self._with_conditions(
+                hidden_states, position_ids, is_attended, condition_ids
+            )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         bidirectional_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=is_attended
@@ -166,6 +155,36 @@ class ScDivaModel(ScDivaPreTrainedModel):
                 hidden_states, position_embeddings, query_mask, output_positions, **kwargs
             )
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+    def _with_conditions(
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        is_attended: torch.Tensor,
+        condition_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Put the conditions of the cells behind their genes in memory, and beside `<lat>` by position.
+
+        Ranks stay what they are without them, on whichever side the padding is.
+
+        Returns:
+            (B, S + K, D) states, (B, S + K) positions, and (B, S + K) bool, what is attended.
+
+        Raises:
+            ValueError: If the network has no conditions.
+        """
+        if self.condition_embedding is None:
+            msg = "condition_ids came, and this network was trained without conditions. Leave them out."
+            raise ValueError(msg)
+        n_cells = len(hidden_states)
+        condition_states = self.condition_embedding(condition_ids, n_cells)  # (B, K, D)
+        hidden_states = torch.cat((hidden_states, condition_states.to(hidden_states.dtype)), dim=1)
+        n_conditions = condition_states.shape[1]
+        position_ids = position_ids.expand(n_cells, -1)  # (B, S)
+        beside = position_ids.gather(1, is_attended.long().argmax(dim=1, keepdim=True))  # (B, 1)
+        position_ids = torch.cat((position_ids, beside.expand(-1, n_conditions)), dim=1)
+        is_attended = nn.functional.pad(is_attended, (0, n_conditions), value=True)
+        return hidden_states, position_ids, is_attended
 
     def _query_mask(
         self, hidden_states: torch.Tensor, is_attended: torch.Tensor, output_positions: torch.Tensor
