@@ -10,6 +10,7 @@ Source: METHOD.md sections 3 and 4. The defaults are the published network: 12 l
 parameters.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
@@ -115,6 +116,9 @@ class ScDivaConfig(PreTrainedConfig):
         "layers.*.mlp.down_proj": "rowwise",
     }
 
+    # Called once, before the first object: where the package is installed it registers the networks.
+    before_first_object: ClassVar[Callable[[], Any] | None] = None
+
     vocab_size: int = 41_818
     hidden_size: int = 512
     num_hidden_layers: int = 12
@@ -151,6 +155,21 @@ class ScDivaConfig(PreTrainedConfig):
     cell_pooling: Literal["lat", "mean"] = "lat"
     vocabulary_hash: str | None = None
     auto_map: dict | None = None
+
+    def __new__(cls, *_: Any, **__: Any) -> "ScDivaConfig":
+        """Make an object, also for copies and pickles, which know no constructor.
+
+        Args:
+            *_: For the constructor.
+            **__: For the constructor.
+
+        Returns:
+            The object.
+        """
+        first, ScDivaConfig.before_first_object = ScDivaConfig.before_first_object, None
+        if first is not None:
+            first()
+        return super().__new__(cls)
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Refuse keywords that are no fields, then fill what depends on other fields.
