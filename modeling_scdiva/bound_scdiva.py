@@ -178,7 +178,7 @@ def masked_nats(
         expression_values=clean.expression_values.masked_fill(is_hidden, 0.0),
         is_masked=is_hidden,
     )
-    encoded = denoiser.encode(masked)
+    encoded = denoiser.encode(masked, is_hidden)
     cells, places = is_hidden.nonzero(as_tuple=True)
     genes = clean.input_ids[cells, places]
     is_excluded = excluded_genes(masked, denoiser)

@@ -10,6 +10,7 @@ Source: METHOD.md sections 3 and 4. The defaults are the published network: 12 l
 parameters.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
@@ -94,6 +95,8 @@ class ScDivaConfig(PreTrainedConfig):
             "library_size" stands for depth: its entries are the inner edges, in molecules, of the classes.
         quality_head: Add a head that judges visible genes, for re-masking; see modeling_scdiva.quality.
         sparse_prediction: Compute gene logits at masked positions only, unless all are asked for.
+        loss_chunk_size: Positions whose gene logits are in memory at once for the gene loss; None = all. A
+            number saves memory: logits are then computed again in the backward pass, and not returned.
         cell_pooling: What the classifier reads: "lat" (the anchor) or "mean" (mean over the gene positions).
         vocabulary_hash: Content hash of the vocabulary the weights belong to.
         auto_map: Where the Auto classes find the code beside a checkpoint; filled here.
@@ -112,6 +115,9 @@ class ScDivaConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
+
+    # Called once, before the first object: where the package is installed it registers the networks.
+    before_first_object: ClassVar[Callable[[], Any] | None] = None
 
     vocab_size: int = 41_818
     hidden_size: int = 512
@@ -145,9 +151,25 @@ class ScDivaConfig(PreTrainedConfig):
     conditions: dict | None = None
     quality_head: bool = False
     sparse_prediction: bool = True
+    loss_chunk_size: int | None = None
     cell_pooling: Literal["lat", "mean"] = "lat"
     vocabulary_hash: str | None = None
     auto_map: dict | None = None
+
+    def __new__(cls, *_: Any, **__: Any) -> "ScDivaConfig":
+        """Make an object, also for copies and pickles, which know no constructor.
+
+        Args:
+            *_: For the constructor.
+            **__: For the constructor.
+
+        Returns:
+            The object.
+        """
+        first, ScDivaConfig.before_first_object = ScDivaConfig.before_first_object, None
+        if first is not None:
+            first()
+        return super().__new__(cls)
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Refuse keywords that are no fields, then fill what depends on other fields.
@@ -190,6 +212,9 @@ class ScDivaConfig(PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "
                 f"({self.num_attention_heads}): rotary positions need an even head width."
             )
+            raise ValueError(msg)
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            msg = f"loss_chunk_size must be at least 1 position, or None for all, got {self.loss_chunk_size}."
             raise ValueError(msg)
         for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:

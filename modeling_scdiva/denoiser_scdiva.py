@@ -6,7 +6,7 @@ Classifier-free guidance runs each cell twice in one call, with its conditions a
 
 and the laws of the values in the same way; how many slots a step reveals is not touched (arXiv 2412.10193).
 
-Dimensions: B cells in a loader batch, S positions, V vocabulary, D width, n slots.
+Dimensions: B cells in a loader batch, S positions, P positions asked for, V vocabulary, D width, n slots.
 Source: METHOD.md section 5.
 """
 
@@ -54,14 +54,17 @@ class ScDivaDenoiser:
         """Whether cells are looked at twice."""
         return self.guidance_scale != 1.0
 
-    def encode(self, state: CellState) -> torch.Tensor:
+    def encode(self, state: CellState, is_asked: torch.Tensor | None = None) -> torch.Tensor:
         """Run the network once.
 
         Args:
             state: B cells.
+            is_asked: (B, S) bool, positions whose states will be read; None for all. The last layer is
+                computed for these alone.
 
         Returns:
-            (B, 1, S, D) last hidden states, or (B, 2, S, D) with those without conditions second.
+            (B, 1, S, D) last hidden states, or (B, 2, S, D) with those without conditions second; NaN where
+            a state was neither asked for nor computed.
         """
         input_ids = state.input_ids
         if self.model.value_head.is_gene_conditioned:
@@ -80,7 +83,16 @@ class ScDivaDenoiser:
             inputs["condition_ids"][len(input_ids) :] = NOT_GIVEN
         if self.gene_bias is not None:
             self._bias = self.gene_bias(state)
-        states = self.model.model(**inputs).last_hidden_state  # (B or 2 B, S, D)
+        positions = None
+        if is_asked is not None:
+            n_asked = max(1, int(is_asked.sum(dim=1).max()))
+            positions = is_asked.long().argsort(dim=1, descending=True, stable=True)[:, :n_asked]
+            positions = positions.repeat(2 if self.is_guided else 1, 1)  # (B or 2 B, P)
+        states = self.model.model(**inputs, output_positions=positions).last_hidden_state
+        if positions is not None:
+            place = positions.unsqueeze(-1).expand_as(states)  # (B or 2 B, P, D)
+            empty = states.new_full((len(states), *input_ids.shape[1:], states.shape[-1]), torch.nan)
+            states = empty.scatter_(1, place, states)  # (B or 2 B, S, D)
         return states.unflatten(0, (-1, len(input_ids))).transpose(0, 1)
 
     def gene_logits(self, encoded: torch.Tensor, cells: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

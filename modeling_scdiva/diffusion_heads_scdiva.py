@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .diffusion_scdiva import (
+    gene_nats,
     gene_query_loss,
     masked_expression_loss,
-    masked_gene_loss,
     per_cell_mean,
-    visible_gene_mask,
 )
 from .layers_scdiva import ScDivaGeneQueryDecoder, ScDivaGeneTransform, ScDivaValueHead
 from .pretrained_scdiva import PositionMasks, ScDivaPreTrainedModel
@@ -134,8 +134,11 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
             (..., V) logits, -inf at special tokens; genes that a cell shows are not excluded yet.
         """
         logits = self.lm_head(self.gene_transform(hidden_states))  # (..., V)
-        is_special = torch.arange(self.config.vocab_size, device=logits.device) < self.config.n_special_tokens
-        return logits.masked_fill(is_special, -torch.inf)
+        # In place and unseen by autograd, here and below: where a law is zero a finite loss has no slope, and
+        # copies of the largest tensors there are would cost a tenth of the head.
+        with torch.no_grad():
+            logits[..., : self.config.n_special_tokens] = -torch.inf
+        return logits
 
     def predict_quality(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Judge visible genes: how likely is each the gene that belongs there (PRISM, arXiv 2510.01384).
@@ -182,6 +185,25 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
         answers = self.query_decoder(cell_embeddings, self.model.embed_tokens(gene_ids))  # (B, Q, 2)
         return answers[..., 0], nn.functional.softplus(answers[..., 1])
 
+    def _logits_at(
+        self,
+        hidden_states: torch.Tensor,
+        rows: tuple[torch.Tensor, ...],
+        input_ids: torch.Tensor | None,
+        is_attended: torch.Tensor,
+        *,
+        wants_all: bool,
+    ) -> torch.Tensor:
+        """Compute the gene logits of states (B, S, D) at positions, cell and place (n,) each, or at all.
+
+        Returns:
+            (n, V) or (B, S, V) logits.
+        """
+        if not wants_all:
+            return self._gene_logits(hidden_states[rows], rows[0], input_ids, is_attended)
+        cell_index = torch.arange(len(hidden_states), device=hidden_states.device).unsqueeze(1)  # (B, 1)
+        return self._gene_logits(hidden_states, cell_index, input_ids, is_attended)
+
     def _gene_logits(
         self,
         hidden_states: torch.Tensor,
@@ -203,9 +225,10 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
         if input_ids is None:
             msg = "exclude_visible_genes needs input_ids: embeddings do not say which genes are visible."
             raise ValueError(msg)
-        shown_ids = input_ids.masked_fill(~is_attended, self.config.pad_token_id)
-        is_visible = visible_gene_mask(shown_ids, self.config.n_special_tokens, self.config.vocab_size)
-        return logits.masked_fill(is_visible[cell_index], -torch.inf)
+        shown_ids = input_ids.masked_fill(~is_attended, self.config.pad_token_id)[cell_index]  # (..., S)
+        with torch.no_grad():  # special tokens are out already, so all that is shown can go
+            logits.scatter_(-1, shown_ids.expand(*logits.shape[:-1], -1), -torch.inf)
+        return logits
 
     def _value_genes(
         self,
@@ -290,26 +313,54 @@ class ScDivaDiffusionHeads(ScDivaPreTrainedModel):
         shown = ShownCells(input_ids, expression_values, masks.is_attended, masks.is_hidden, size_factors)
         return RankBounds(shown, self.config.n_special_tokens, self.value_head.gene_weights)
 
-    def _gene_loss(
+    def _gene_nats(
         self,
         row_logits: torch.Tensor,
-        row_labels: torch.Tensor,
+        labels: torch.Tensor,
         rows: tuple[torch.Tensor, ...],
-        n_cells: int,
-        *,
         bounds: RankBounds | None = None,
     ) -> torch.Tensor:
-        """Judge the logits (n, V) at positions, cell and place (n,) each, by the true genes (n,).
+        """Judge the logits (n, V) at positions, cell and place (n,) each, by the true genes (B, S).
+
+        Returns:
+            (n,) nats.
+        """
+        unfit = None if bounds is None else bounds.unfit(rows[0], rows[1])
+        if unfit is not None:
+            is_unfit = unfit(torch.arange(len(row_logits), device=row_logits.device))
+            row_logits = row_logits.masked_fill(is_unfit, -torch.inf)
+        self._refuse_impossible_labels(row_logits, labels[rows])
+        return gene_nats(row_logits, labels[rows])
+
+    def _gene_loss(
+        self,
+        row_logits: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        rows: tuple[torch.Tensor, ...],
+        input_ids: torch.Tensor | None,
+        is_attended: torch.Tensor,
+        bounds: RankBounds | None = None,
+    ) -> torch.Tensor:
+        """Judge genes as `_gene_nats` does; without logits from states (B, S, D), some positions at a time.
 
         Returns:
             (B,) mean nats of each cell.
         """
-        unfit = None if bounds is None else bounds.unfit(rows[0], rows[1])
-        if unfit is not None:
-            is_unfit = unfit(torch.arange(len(row_labels), device=row_labels.device))
-            row_logits = row_logits.masked_fill(is_unfit, -torch.inf)
-        self._refuse_impossible_labels(row_logits, row_labels)
-        return masked_gene_loss(row_logits, row_labels, rows[0], n_cells)
+        n_cells = len(hidden_states)
+        if row_logits is not None:
+            return per_cell_mean(self._gene_nats(row_logits, labels, rows, bounds), rows[0], n_cells)
+
+        def nats_of(states: torch.Tensor, *some: torch.Tensor) -> torch.Tensor:
+            logits = self._gene_logits(states, some[0], input_ids, is_attended)
+            return self._gene_nats(logits, labels, some, bounds)
+
+        chunks = (part.split(self.config.loss_chunk_size) for part in (hidden_states[rows], *rows))
+        nats = [
+            checkpoint(nats_of, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(*chunks, strict=True)
+        ]
+        return per_cell_mean(torch.cat(nats), rows[0], n_cells)
 
     def _expression_loss(
         self,

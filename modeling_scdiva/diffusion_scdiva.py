@@ -107,6 +107,20 @@ def per_cell_mean(losses: torch.Tensor, cell_index: torch.Tensor, n_cells: int) 
     return totals / n_masked.clamp(min=1.0)
 
 
+def gene_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Compute the cross-entropy of genes.
+
+    Args:
+        logits: (n, V) gene logits; -inf is probability zero.
+        labels: (n,) int64 true gene tokens.
+
+    Returns:
+        (n,) float32 nats.
+    """
+    # bf16 logits would lose the small differences that make up a loss near its floor.
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
 def masked_gene_loss(
     logits: torch.Tensor, labels: torch.Tensor, cell_index: torch.Tensor, n_cells: int
 ) -> torch.Tensor:
@@ -121,9 +135,7 @@ def masked_gene_loss(
     Returns:
         (B,) float32 nats per masked gene; 0 for a cell without one.
     """
-    # bf16 logits would lose the small differences that make up a loss near its floor.
-    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")  # (n,)
-    return per_cell_mean(losses, cell_index, n_cells)
+    return per_cell_mean(gene_nats(logits, labels), cell_index, n_cells)
 
 
 def masked_expression_loss(
@@ -201,6 +213,7 @@ def visible_gene_mask(input_ids: torch.Tensor, n_special_tokens: int, vocab_size
 __all__ = [
     "alpha",
     "alpha_derivative",
+    "gene_nats",
     "gene_query_loss",
     "loss_weight",
     "masked_expression_loss",

@@ -96,11 +96,12 @@ class EnumeratedLaw:
             raise ValueError(msg)
         return order[places]
 
-    def encode(self, state: CellState) -> torch.Tensor:
+    def encode(self, state: CellState, is_asked: torch.Tensor | None = None) -> torch.Tensor:
         """Look up the law of each slot given what is visible.
 
         Args:
             state: B cells.
+            is_asked: (B, S) bool, slots whose laws will be read; all are looked up anyway.
 
         Returns:
             (B, S, V) float64 probabilities of genes.
@@ -139,10 +140,10 @@ class RecordingLaw(EnumeratedLaw):
         super().__init__(n_genes, n_slots, **settings)
         self.asked: list[CellState] = []
 
-    def encode(self, state: CellState) -> torch.Tensor:
+    def encode(self, state: CellState, is_asked: torch.Tensor | None = None) -> torch.Tensor:
         """Remember, and look up."""
         self.asked.append(state)
-        return super().encode(state)
+        return super().encode(state, is_asked)
 
 
 class SharedNoise:

@@ -34,6 +34,7 @@ from .cell_layout_scdiva import (
 from .conditions_scdiva import encode_conditions
 from .denoiser_scdiva import ScDivaDenoiser
 from .generation_config_scdiva import ScDivaGenerationConfig, ScDivaGenerationOutput
+from .outputs_scdiva import pooled_positions
 from .pretrained_scdiva import evaluation_mode
 from .sampling_scdiva import CellNoise
 from .size_law_scdiva import draw_sizes
@@ -298,6 +299,7 @@ class ScDivaGenerationMixin:
                 state.attention_mask.long(),
                 state.is_masked,
                 condition_ids=state.condition_ids,
+                output_positions=pooled_positions("lat"),
             ).last_hidden_state
             log_odds, values = model.decode_genes(states[:, 0], query_ids)
         expected = log_odds.sigmoid() * values

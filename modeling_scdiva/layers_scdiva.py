@@ -5,7 +5,8 @@ Notable choices:
 - Attention runs through transformers' attention interface: eager, sdpa, flex and flash share one code path.
 - Values that are hidden or missing are replaced before the value MLP sees them: not even a NaN gets through.
 
-Dimensions: B cells in a loader batch, S positions, V vocabulary, D width, H heads, K head width.
+Dimensions: B cells in a loader batch, S positions, P positions asked for, V vocabulary, D width, H heads, K
+head width.
 Source: METHOD.md section 3.
 """
 
@@ -115,31 +116,34 @@ class ScDivaRotaryEmbedding(nn.Module):
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
-def rotate_half(states: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of coordinates by 90 degrees; the pair of coordinate i is i + K / 2.
-
-    Args:
-        states: (..., K) states.
-
-    Returns:
-        (..., K) turned states.
-    """
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate queries or keys by their positions.
+    """Rotate queries or keys by their positions; the pair of coordinate i is i + K / 2.
 
     Args:
-        states: (B, H, S, K) queries or keys.
+        states: (B, S, H, K) queries or keys, as they lie in memory.
         cos: (B, S, K) or (1, S, K) cosines.
         sin: (B, S, K) or (1, S, K) sines.
 
     Returns:
-        (B, H, S, K) rotated states.
+        (B, S, H, K) rotated states.
     """
-    return states * cos.unsqueeze(1) + rotate_half(states) * sin.unsqueeze(1)
+    half = states.shape[-1] // 2
+    # The sign goes to the small factor: swapping halves is then one pass over the states, not three.
+    turn = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+    return torch.addcmul(states * cos.unsqueeze(2), states.roll(half, dims=-1), turn.unsqueeze(2))
+
+
+def take_positions(states: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """Take the states of some positions of each cell.
+
+    Args:
+        states: (B, S, D) or (1, S, D) states.
+        positions: (B, P) or (1, P) int64 positions, or None for all.
+
+    Returns:
+        (B, P, D) states, or the states as they came.
+    """
+    return states if positions is None else states.take_along_dim(positions.unsqueeze(-1), dim=1)
 
 
 def eager_attention_forward(
@@ -198,6 +202,7 @@ class ScDivaAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any = None,
+        output_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mix the positions of each cell.
@@ -205,19 +210,21 @@ class ScDivaAttention(nn.Module):
         Args:
             hidden_states: (B, S, D) normalised states.
             position_embeddings: Cosines and sines of the positions.
-            attention_mask: Mask in the form the chosen attention implementation takes.
+            attention_mask: Mask in the form the chosen attention implementation takes, for P queries.
+            output_positions: (B, P) or (1, P) int64 positions whose mixed states are wanted; None for all.
             **kwargs: Passed on to the attention implementation.
 
         Returns:
-            (B, S, D) mixed states and (B, H, S, S) weights, the latter only from eager attention.
+            (B, P, D) mixed states and (B, H, P, S) weights, the latter only from eager attention.
         """
-        input_shape = hidden_states.shape[:-1]
-        head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, S, K)
-        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, S, K)
+        asking = take_positions(hidden_states, output_positions)  # (B, P, D)
+        head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(asking).view(*asking.shape[:-1], -1, self.head_dim)  # (B, P, H, K)
+        key = self.k_proj(hidden_states).view(head_shape)  # (B, S, H, K)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, S, K)
-        cos, sin = position_embeddings
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        turns = (take_positions(turn, output_positions) for turn in position_embeddings)
+        query = apply_rotary(query, *turns).transpose(1, 2)  # (B, H, P, K)
+        key = apply_rotary(key, *position_embeddings).transpose(1, 2)  # (B, H, S, K)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -232,7 +239,7 @@ class ScDivaAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(mixed.reshape(*input_shape, -1).contiguous()), weights
+        return self.o_proj(mixed.flatten(2)), weights
 
 
 class ScDivaMLP(nn.Module):
@@ -273,6 +280,7 @@ class ScDivaLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any = None,
+        output_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Run the layer.
@@ -280,18 +288,19 @@ class ScDivaLayer(GradientCheckpointingLayer):
         Args:
             hidden_states: (B, S, D) states.
             position_embeddings: Cosines and sines of the positions.
-            attention_mask: Mask in the form the chosen attention implementation takes.
+            attention_mask: Mask in the form the chosen attention implementation takes, for P queries.
+            output_positions: (B, P) or (1, P) int64 positions whose states are wanted; None for all. The
+                others are looked at and not computed.
             **kwargs: Passed on to the attention implementation.
 
         Returns:
-            (B, S, D) states.
+            (B, P, D) states.
         """
-        mixed, _ = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, **kwargs
-        )
-        hidden_states = hidden_states + self.dropout(mixed)  # (B, S, D)
+        normed = self.input_layernorm(hidden_states)
+        mixed, _ = self.self_attn(normed, position_embeddings, attention_mask, output_positions, **kwargs)
+        hidden_states = take_positions(hidden_states, output_positions) + self.dropout(mixed)  # (B, P, D)
         transformed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + self.dropout(transformed)  # (B, S, D)
+        return hidden_states + self.dropout(transformed)  # (B, P, D)
 
 
 class ScDivaValueEmbedding(nn.Module):

@@ -6,8 +6,8 @@ Notable choices:
 - Gene logits are computed at masked positions only; special tokens have probability zero.
 - Padding is invisible, and so are the values behind hidden and empty slots.
 
-Dimensions: B cells in a loader batch, S positions, V vocabulary, D width, H heads, C classes, n
-positions to predict.
+Dimensions: B cells in a loader batch, S positions, P positions asked for, V vocabulary, D width, H heads, C
+classes, n positions to predict.
 Source: METHOD.md sections 3 and 4.
 """
 
@@ -17,7 +17,11 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import (
+    can_return_tuple,
+    is_flash_attention_requested,
+    merge_with_config_defaults,
+)
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_scdiva import ScDivaConfig
@@ -35,8 +39,10 @@ from .layers_scdiva import (
     ScDivaValueHead,
 )
 from .likelihood_scdiva import ScDivaLikelihoodMixin
-from .outputs_scdiva import ScDivaMaskedDiffusionOutput, pool_cells
+from .outputs_scdiva import ScDivaMaskedDiffusionOutput, pool_cells, pooled_positions
 from .pretrained_scdiva import ScDivaPreTrainedModel
+
+OPTIONAL_STATES = ("output_hidden_states", "output_attentions")
 
 
 class ScDivaModel(ScDivaPreTrainedModel):
@@ -75,6 +81,8 @@ class ScDivaModel(ScDivaPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         condition_ids: torch.Tensor | None = None,
+        *,
+        output_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutput:
         """Encode cells.
@@ -89,11 +97,14 @@ class ScDivaModel(ScDivaPreTrainedModel):
                 there are special tokens, which show no value.
             condition_ids: (B, K) int64 category of each condition in ``config.conditions``, 0 = not given;
                 all zeros when not given.
+            output_positions: (B, P) or (1, P) int64 positions whose last states are wanted; None for all. The
+                last layer is computed there alone.
             **kwargs: ``output_hidden_states``, ``output_attentions``, ``return_dict``, and what kernels take.
 
         Returns:
-            The last hidden state (B, S, D) and, when asked for, all states and attention weights; there the K
-            condition tokens stand behind the S positions.
+            The last hidden state (B, S, D), or (B, P, D) at ``output_positions``, and, when asked for, all
+            states and attention weights; there the K condition tokens stand behind the S positions, and the
+            last layer has the P alone.
 
         Raises:
             ValueError: If ``expression_values`` did not come, or conditions came that the network has not.
@@ -107,9 +118,7 @@ class ScDivaModel(ScDivaPreTrainedModel):
             raise ValueError(msg)
         gene_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, S, D)
         expression_values = expression_values.to(gene_states.dtype)
-        value_states = self.value_embedding(
-            expression_values, masks.is_measured, masks.is_hidden
-        )  # (B, S, D)
+        value_states = self.value_embedding(expression_values, masks.is_measured, masks.is_hidden)
         if self.config.normalize_embeddings:
             width, eps = (self.config.hidden_size,), self.config.rms_norm_eps
             gene_states = nn.functional.rms_norm(gene_states, width, eps=eps)
@@ -122,28 +131,86 @@ class ScDivaModel(ScDivaPreTrainedModel):
         if not self.config.use_rotary_positions:
             position_ids = torch.zeros_like(position_ids)
         is_attended = masks.is_attended
-        if self.condition_embedding is not None:
-            # Behind the genes in memory, beside `<lat>` by position, on whichever side the padding is: ranks
-            # stay what they are without them.
-            condition_states = self.condition_embedding(condition_ids, n_cells)  # (B, K, D)
-            hidden_states = torch.cat((hidden_states, condition_states.to(hidden_states.dtype)), dim=1)
-            n_conditions = condition_states.shape[1]
-            position_ids = position_ids.expand(n_cells, -1)  # (B, S)
-            beside = position_ids.gather(1, is_attended.long().argmax(dim=1, keepdim=True))  # (B, 1)
-            position_ids = torch.cat((position_ids, beside.expand(-1, n_conditions)), dim=1)
-            is_attended = nn.functional.pad(is_attended, (0, n_conditions), value=True)
-        elif condition_ids is not None:
-            msg = "condition_ids came, and this network was trained without conditions. Leave them out."
-            raise ValueError(msg)
+        if self.condition_embedding is not None or condition_ids is not None:
+            hidden_states, position_ids, is_attended = self._with_conditions(
+                hidden_states, position_ids, is_attended, condition_ids
+            )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         bidirectional_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=is_attended
         )
-        for layer in self.layers:
+        *inner_layers, last_layer = self.layers
+        for layer in inner_layers:
             hidden_states = layer(
                 hidden_states, position_embeddings, bidirectional_mask, position_ids=position_ids, **kwargs
             )
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states[:, :n_positions]))
+        if output_positions is None:
+            hidden_states = last_layer(
+                hidden_states, position_embeddings, bidirectional_mask, position_ids=position_ids, **kwargs
+            )[:, :n_positions]
+        else:
+            output_positions = output_positions.to(hidden_states.device).expand(n_cells, -1)
+            query_mask = self._query_mask(hidden_states, is_attended, output_positions)
+            hidden_states = last_layer(
+                hidden_states, position_embeddings, query_mask, output_positions, **kwargs
+            )
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+    def _with_conditions(
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        is_attended: torch.Tensor,
+        condition_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Put the conditions of the cells behind their genes in memory, and beside `<lat>` by position.
+
+        Ranks stay what they are without them, on whichever side the padding is.
+
+        Returns:
+            (B, S + K, D) states, (B, S + K) positions, and (B, S + K) bool, what is attended.
+
+        Raises:
+            ValueError: If the network has no conditions.
+        """
+        if self.condition_embedding is None:
+            msg = "condition_ids came, and this network was trained without conditions. Leave them out."
+            raise ValueError(msg)
+        n_cells = len(hidden_states)
+        condition_states = self.condition_embedding(condition_ids, n_cells)  # (B, K, D)
+        hidden_states = torch.cat((hidden_states, condition_states.to(hidden_states.dtype)), dim=1)
+        n_conditions = condition_states.shape[1]
+        position_ids = position_ids.expand(n_cells, -1)  # (B, S)
+        beside = position_ids.gather(1, is_attended.long().argmax(dim=1, keepdim=True))  # (B, 1)
+        position_ids = torch.cat((position_ids, beside.expand(-1, n_conditions)), dim=1)
+        is_attended = nn.functional.pad(is_attended, (0, n_conditions), value=True)
+        return hidden_states, position_ids, is_attended
+
+    def _query_mask(
+        self, hidden_states: torch.Tensor, is_attended: torch.Tensor, output_positions: torch.Tensor
+    ) -> Any:
+        """Make the mask for queries at some positions (B, P) and keys at all (B, S).
+
+        Returns:
+            The mask, in the form the attention implementation takes.
+
+        Raises:
+            ValueError: If flash attention is to leave out the padding of cells with several queries.
+        """
+        mask: Any = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states[:, : output_positions.shape[1]],  # read for the number of queries
+            attention_mask=is_attended,
+            encoder_hidden_states=hidden_states,
+        )
+        if mask is not None and output_positions.shape[1] > 1 and is_flash_attention_requested(self.config):
+            msg = (
+                f"output_positions asks for {output_positions.shape[1]} positions of padded cells, and flash "
+                "attention takes one or all of them. Leave output_positions out, or use "
+                'attn_implementation="sdpa".'
+            )
+            raise ValueError(msg)
+        return mask
 
 
 class ScDivaForMaskedDiffusion(ScDivaGenerationMixin, ScDivaLikelihoodMixin, ScDivaDiffusionHeads):
@@ -187,7 +254,8 @@ class ScDivaForMaskedDiffusion(ScDivaGenerationMixin, ScDivaLikelihoodMixin, ScD
     ) -> tuple | ScDivaMaskedDiffusionOutput:
         """Predict what is hidden and, when targets come, compute the losses.
 
-        Logits stand for the positions with a label or, without labels, for the masked genes, cell after cell.
+        Logits stand for the positions with a label or, without labels, for the masked genes, cell after cell;
+        with labels and ``loss_chunk_size`` there are none, unless all are asked for.
         Values are predicted at every position; a head that uses the gene takes the label, else the visible
         gene, else the likeliest. Labels must be genes that can be predicted: special tokens are refused, and
         so are genes that the cell shows if ``exclude_visible_genes`` is set.
@@ -218,18 +286,17 @@ class ScDivaForMaskedDiffusion(ScDivaGenerationMixin, ScDivaLikelihoodMixin, ScD
         masks = self._position_masks(input_ids, inputs_embeds, attention_mask, is_masked)
         cells = (input_ids, expression_values, attention_mask, is_masked, position_ids, inputs_embeds)
         outputs = self.model(*cells, condition_ids, **kwargs)
-        hidden_states, n_cells = outputs.last_hidden_state, len(outputs.last_hidden_state)  # (B, S, D)
+        hidden_states = outputs.last_hidden_state  # (B, S, D)
         # 1. Genes at n positions.
         is_wanted = masks.is_gene_masked if labels is None else masks.is_attended & (labels != -100)  # (B, S)
         rows = is_wanted.nonzero(as_tuple=True)  # cell and position of each, (n,) both
-        if output_all_logits or (output_all_logits is None and not self.config.sparse_prediction):
-            cell_index = torch.arange(n_cells, device=hidden_states.device).unsqueeze(1)  # (B, 1)
-            logits = self._gene_logits(hidden_states, cell_index, input_ids, masks.is_attended)  # (B, S, V)
-            row_logits = logits[rows]  # (n, V)
-        else:
-            logits = row_logits = self._gene_logits(
-                hidden_states[rows], rows[0], input_ids, masks.is_attended
-            )
+        wants_all = not self.config.sparse_prediction if output_all_logits is None else output_all_logits
+        is_chunked = labels is not None and self.config.loss_chunk_size is not None and not wants_all
+        cells_shown = (input_ids, masks.is_attended)
+        logits: Any = (
+            None if is_chunked else self._logits_at(hidden_states, rows, *cells_shown, wants_all=wants_all)
+        )
+        row_logits = logits[rows] if wants_all else logits  # (n, V)
 
         # 2. Laws of values at all positions: (B, S), and (B, S) or None.
         law = self._value_parameters(hidden_states, self._value_genes(input_ids, rows, row_logits, labels))
@@ -238,7 +305,8 @@ class ScDivaForMaskedDiffusion(ScDivaGenerationMixin, ScDivaLikelihoodMixin, ScD
         cell_losses = dict.fromkeys(("gene", "expression", "latent"))  # (B,) each
         bounds = None if labels is None else self._rank_bounds(cells, size_factors, masks)
         if labels is not None:
-            cell_losses["gene"] = self._gene_loss(row_logits, labels[rows], rows, n_cells, bounds=bounds)
+            ways = (row_logits, hidden_states)  # logits as they are, or in chunks from the states
+            cell_losses["gene"] = self._gene_loss(*ways, labels, rows, *cells_shown, bounds)
         if expression_labels is not None:
             cell_losses["expression"] = self._expression_loss(
                 law, expression_labels, size_factors, masks, labels=labels, bounds=bounds
@@ -306,6 +374,9 @@ class ScDivaForSequenceClassification(ScDivaPreTrainedModel):
         """
         kwargs.pop("num_items_in_batch", None)  # Trainer's count; the loss is a mean over cells
         masks = self._position_masks(input_ids, inputs_embeds, attention_mask, is_masked)
+        asked = [kwargs.get(name, getattr(self.config, name)) for name in OPTIONAL_STATES]
+        if not self.training and not any(asked):  # in training dropout draws for all positions
+            kwargs["output_positions"] = pooled_positions(self.config.cell_pooling)
         outputs = self.model(
             input_ids,
             expression_values,

@@ -66,4 +66,16 @@ def pool_cells(hidden_states: torch.Tensor, attention_mask: torch.Tensor, cell_p
     return (hidden_states[:, 1:] * is_gene).sum(dim=1) / is_gene.sum(dim=1).clamp(min=1.0)
 
 
-__all__ = ["ScDivaMaskedDiffusionOutput", "pool_cells"]
+def pooled_positions(cell_pooling: str) -> torch.Tensor | None:
+    """Say which last states `pool_cells` reads, for ``output_positions`` of the encoder.
+
+    Args:
+        cell_pooling: "lat" or "mean".
+
+    Returns:
+        (1, 1) int64 position of `<lat>`; None where all are read.
+    """
+    return torch.zeros(1, 1, dtype=torch.long) if cell_pooling == "lat" else None
+
+
+__all__ = ["ScDivaMaskedDiffusionOutput", "pool_cells", "pooled_positions"]

@@ -6,6 +6,7 @@ sampled: the network, and in tests a table of all cells whose law is known.
 
 Notable choices:
 - A cell that is finished, or that a step leaves as it is, is not computed again: the network knows no time.
+  Where the choice of slots reads no gene laws, slots are chosen first and the denoiser is asked for these.
 - Values are drawn with their gene from the same call, as whole counts between those that the ranking scores
   of the visible neighbours allow; a gene without such a count is not drawn.
 - With targets instead of draws the same loop gives the exact likelihood of a cell under the sampler.
@@ -91,8 +92,11 @@ class Denoiser(Protocol):
     vocab_size: int
     ranking_weights: torch.Tensor | None  # (V,) H_g + eps
 
-    def encode(self, state: CellState) -> torch.Tensor:
-        """Look at cells: the one network call of a step. A tensor, its first dimension the cells."""
+    def encode(self, state: CellState, is_asked: torch.Tensor | None = None) -> torch.Tensor:
+        """Look at cells: the one network call of a step. A tensor, its first dimension the cells.
+
+        Only slots in ``is_asked`` (B, S) are read from it; None means all.
+        """
 
     def gene_logits(self, encoded: torch.Tensor, cells: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """(n, V) logits, -inf at special tokens."""
@@ -122,6 +126,11 @@ class UnmaskSettings:
     remask: str = "none"
     remask_rate: float = 0.0
 
+    @property
+    def reads_laws(self) -> bool:
+        """Whether the choice of slots depends on the gene laws of all of them."""
+        return self.order in ("margin", "entropy") or self.entropy_bound is not None
+
 
 @dataclass
 class UnmaskedCells:
@@ -149,9 +158,10 @@ class _Step:
     rows: torch.Tensor
     state: CellState
     noise: torch.Tensor  # (N_STREAMS, B, S)
-    encoded: torch.Tensor
     n_left: torch.Tensor  # (B,) slots that the schedule leaves hidden
     n_again: torch.Tensor  # (B,) drawn genes to hide again
+    is_drawn: torch.Tensor  # (B, S) bool, visible genes that may be hidden again
+    encoded: Any = None  # what the denoiser made of the state
     bounds: RankBounds | None = None  # what visible neighbours leave possible
 
 
@@ -189,24 +199,27 @@ def unmask(
     step = 0
     while step < settings.steps or bool((out.state.is_masked & state.attention_mask).any()):
         step += 1
-        current = _look(out.state, denoiser, settings, noise, is_gene_slot, n_slots=n_slots, step=step)
+        current = _next_step(out.state, settings, noise, is_gene_slot, n_slots=n_slots, step=step)
         if current is None:
             if settings.remask == "none" and not (out.state.is_masked & state.attention_mask).any():
                 break
             continue
         rows = current.rows
         out.n_network_calls[rows] += 1
+        slots = None if settings.reads_laws or steer is not None else _choose(current, settings)
+        is_asked = None if steer is not None else _asked(current, settings, slots)
+        current.encoded = denoiser.encode(current.state, is_asked)
         if steer is not None:
             parents = steer(current.state, current.encoded, rows)
             _take_places(out, current, parents)
         current.bounds = rank_bounds(current.state, denoiser, rank_consistent=settings.rank_consistent)
-        cells, places, turns = _choose(current, denoiser, settings)
+        cells, places, turns = _choose(current, settings, denoiser) if slots is None else slots
         gene_ids, gene_nats = _draw_slot_genes(current, denoiser, settings, cells, places, turns, targets)
         values, value_nats = _draw_values(current, denoiser, settings, cells, places, gene_ids, targets)
         out.gene_log_prob.index_add_(0, rows[cells], gene_nats)
         out.value_log_prob.index_add_(0, rows[cells], value_nats)
         out.n_drawn.index_add_(0, rows[cells], torch.ones_like(cells))
-        again = _choose_again(current, denoiser, settings, is_gene_slot[rows])
+        again = _choose_again(current, denoiser, settings)
         out.state = _written(out.state, rows[cells], places, gene_ids, values)
         out.state = _hidden(out.state, rows[again[0]], again[1], denoiser.mask_token_id)
         if on_step is not None:
@@ -214,9 +227,8 @@ def unmask(
     return out
 
 
-def _look(
+def _next_step(
     state: CellState,
-    denoiser: Denoiser,
     settings: UnmaskSettings,
     noise: CellNoise,
     is_gene_slot: torch.Tensor,
@@ -224,7 +236,7 @@ def _look(
     n_slots: torch.Tensor,
     step: int,
 ) -> _Step | None:
-    """Encode the cells that this step changes; None if it changes none."""
+    """Find the cells that this step changes, and how much; None if it changes none."""
     is_hidden = state.is_masked & state.attention_mask
     n_hidden = is_hidden.sum(dim=1)
     if settings.entropy_bound is not None:
@@ -254,8 +266,19 @@ def _look(
     if not is_changed.any():
         return None
     kept = is_changed.nonzero().squeeze(1)
-    part = part.select(kept)
-    return _Step(rows[kept], part, drawn[:, kept], denoiser.encode(part), n_left[rows[kept]], n_again[kept])
+    part, rows = part.select(kept), rows[kept]
+    is_drawn = is_gene_slot[rows] & ~part.is_masked & part.attention_mask
+    return _Step(rows, part, drawn[:, kept], n_left[rows], n_again[kept], is_drawn)
+
+
+def _asked(current: _Step, settings: UnmaskSettings, slots: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+    """(B, S) bool, where the denoiser is asked: at the slots, at all of them if they are not chosen yet."""
+    is_asked = current.state.is_masked & current.state.attention_mask
+    if slots is not None:
+        is_asked = torch.zeros_like(is_asked).index_put(slots[:2], is_asked.new_ones(len(slots[0])))
+    if settings.remask == "quality":
+        is_asked = is_asked | current.is_drawn
+    return is_asked
 
 
 def _take_places(out: UnmaskedCells, current: _Step, parents: torch.Tensor) -> None:
@@ -264,6 +287,7 @@ def _take_places(out: UnmaskedCells, current: _Step, parents: torch.Tensor) -> N
         return
     current.state = current.state.select(parents)
     current.encoded = current.encoded[parents]
+    current.is_drawn = current.is_drawn[parents]
     source = current.rows[parents]
     parts = {field.name: getattr(out.state, field.name) for field in fields(out.state)}
     copied: dict[str, Any] = {}
@@ -290,12 +314,12 @@ def excluded_genes(state: CellState, denoiser: Denoiser) -> torch.Tensor:
 
 
 def _choose(
-    current: _Step, denoiser: Denoiser, settings: UnmaskSettings
+    current: _Step, settings: UnmaskSettings, denoiser: Denoiser | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose the slots of a step: (n,) cell, (n,) position, (n,) turn."""
+    """Choose the slots of a step: (n,) cell, (n,) position, (n,) turn; the denoiser tells laws if read."""
     is_hidden = current.state.is_masked & current.state.attention_mask
     certainty = entropy = None
-    if settings.order in ("margin", "entropy") or settings.entropy_bound is not None:
+    if settings.reads_laws and denoiser is not None:
         entropy, margin = _slot_certainty(current, denoiser, is_hidden)
         certainty = margin if settings.order == "margin" else -entropy
     if settings.entropy_bound is not None and entropy is not None:
@@ -390,10 +414,10 @@ def _draw_values(
 
 
 def _choose_again(
-    current: _Step, denoiser: Denoiser, settings: UnmaskSettings, is_gene_slot: torch.Tensor
+    current: _Step, denoiser: Denoiser, settings: UnmaskSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose genes that were visible before the step, and not given, to hide: (n,) cell, (n,) position."""
-    is_drawn = is_gene_slot & ~current.state.is_masked & current.state.attention_mask
+    is_drawn = current.is_drawn
     if settings.remask != "quality" or not current.n_again.any():
         priority = current.noise[3]
     else:

@@ -52,7 +52,7 @@ class LongCells:
         ids = torch.cat([torch.tensor([LAT]), genes]).repeat(n_cells, 1)
         return CellState(ids, torch.zeros(ids.shape), torch.ones_like(ids, dtype=torch.bool), ids == MASK)
 
-    def encode(self, state):
+    def encode(self, state, is_asked=None):
         return state.is_masked.double().mean(dim=1) * (self.n_slots + 1) / self.n_slots
 
     def gene_logits(self, encoded, cells, places):

@@ -30,7 +30,7 @@ class Recording(RecordingLaw):
 class LeftPadded(EnumeratedLaw):
     """The same law behind two positions of padding."""
 
-    def encode(self, state):
+    def encode(self, state, is_asked=None):
         parts = {field.name: getattr(state, field.name) for field in fields(state)}
         cut = {name: parts[name][:, 2:] for name in ("input_ids", "attention_mask")}
         return torch.nn.functional.pad(super().encode(replace(state, **cut)), (0, 0, 2, 0))

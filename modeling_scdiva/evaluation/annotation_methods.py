@@ -33,7 +33,7 @@ from modeling_scdiva.metrics.annotation_baselines import (
     pca_parts,
     variable_genes_logistic,
 )
-from modeling_scdiva.modeling_scdiva import pool_cells
+from modeling_scdiva.outputs_scdiva import pool_cells, pooled_positions
 from modeling_scdiva.pretrained_scdiva import evaluation_mode
 from modeling_scdiva.splits import CellSplit
 from modeling_scdiva.tasks.annotation import (
@@ -324,6 +324,7 @@ def embed_tokens(model: Any, cells: TokenizedCells, choices: TrainingChoices) ->
     with evaluation_mode(encoder), torch.inference_mode():
         for rows in length_batches(cells.n_genes, choices.batch_size):
             inputs = {name: tensor.to(encoder.device) for name, tensor in cells.batch(rows).items()}
-            states = encoder(**inputs).last_hidden_state.float()  # (B, S, D)
+            read = pooled_positions(choices.pooling)
+            states = encoder(**inputs, output_positions=read).last_hidden_state.float()  # (B, P, D)
             embeddings[rows] = pool_cells(states, inputs["attention_mask"], choices.pooling).cpu().numpy()
     return embeddings

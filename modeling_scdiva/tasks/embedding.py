@@ -4,7 +4,7 @@ Notable choices:
 - Cells are read and tokenised in blocks, so the memory for a backed file does not grow with the file. Inside
   a block they are sorted by length, which saves padding, and their vectors go back to their own rows.
 
-Dimensions: N cells in a file, B cells in a loader batch, S positions, D width.
+Dimensions: N cells in a file, B cells in a loader batch, P positions that are pooled, D width.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modeling_scdiva.modeling_scdiva import pool_cells
+from modeling_scdiva.outputs_scdiva import pool_cells, pooled_positions
 from modeling_scdiva.pretrained_scdiva import evaluation_mode
 from modeling_scdiva.tasks.cells import BLOCK_SIZE, CellTokenizer, check_vocabulary, encoder_of, refuse_path
 
@@ -101,7 +101,7 @@ def _embed_block(
     for rows in order.split(batch_size):
         width = int(lengths[rows].max())
         batch = {name: tensor[rows, :width].to(encoder.device) for name, tensor in inputs.items()}
-        states = encoder(**batch).last_hidden_state  # (B, S, D)
+        states = encoder(**batch, output_positions=pooled_positions(pooling)).last_hidden_state  # (B, P, D)
         vectors = pool_cells(states.float(), batch["attention_mask"], pooling)  # (B, D)
         yield rows.numpy(), vectors.cpu().numpy()
 

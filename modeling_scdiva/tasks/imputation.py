@@ -26,6 +26,7 @@ import torch
 from scipy.sparse import csr_matrix, issparse
 from scipy.special import expit
 
+from modeling_scdiva.outputs_scdiva import pooled_positions
 from modeling_scdiva.pretrained_scdiva import evaluation_mode
 from modeling_scdiva.tasks.cells import (
     CellTokenizer,
@@ -174,7 +175,8 @@ def decode_cells(
     with evaluation_mode(model), torch.inference_mode():
         for rows in length_batches(cells.n_genes, batch_size):
             inputs = {name: entry.to(model.device) for name, entry in cells.batch(rows).items()}
-            embeddings = model.model(**inputs).last_hidden_state[:, 0]  # (B, D)
+            states = model.model(**inputs, output_positions=pooled_positions("lat")).last_hidden_state
+            embeddings = states[:, 0]  # (B, D)
             for start in range(0, len(gene_ids), GENES_PER_QUERY):
                 part = slice(start, start + GENES_PER_QUERY)
                 answers = model.decode_genes(embeddings, queries[part])
