@@ -14,7 +14,7 @@ from torch import nn
 
 from modeling_scdiva import ScDivaConfig, ScDivaForMaskedDiffusion
 from modeling_scdiva.training import PretrainingArguments, make_optimizer
-from modeling_scdiva.training_metrics import GEMM_SIZE
+from modeling_scdiva.hardware import GEMM_SIZE
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples" / "configs" / "paper.json"
 MAX_GENES = 1_200
