@@ -13,8 +13,8 @@ from side_by_side import Timing
 from torch import nn
 
 from modeling_scdiva import ScDivaConfig, ScDivaForMaskedDiffusion
-from modeling_scdiva.training import PretrainingArguments, make_optimizer
 from modeling_scdiva.hardware import GEMM_SIZE
+from modeling_scdiva.training import PretrainingArguments, make_optimizer
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples" / "configs" / "paper.json"
 MAX_GENES = 1_200
