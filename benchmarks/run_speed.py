@@ -11,6 +11,7 @@ fails when a floor is missed, and when a ratio is more than 20 % worse than in t
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,36 @@ def newest_result() -> Path | None:
     return max((HERE / "results").glob("*_speed*.json"), default=None, key=lambda path: path.name)
 
 
+def tables(measured: dict[str, Any]) -> dict[str, Any]:
+    """Make the rows of the table in README: judged numbers, and the seconds of all ways they come from."""
+    numbers = [
+        {
+            "data": stage,
+            "method": line["name"],
+            "value": line["value"],
+            "value_low": line["spread"][0],
+            "value_high": line["spread"][1],
+            "unit": line["unit"],
+            "floor": line["floor"],
+            "aim": line["aim"],
+        }
+        for stage, result in measured.items()
+        for line in result["lines"]
+    ]
+    ways = [
+        {"data": stage, "method": way, "value": statistics.median(timing["cpu"]), "unit": "CPU s"}
+        for stage, result in measured.items()
+        for way, timing in result["timings"].items()
+    ]
+    note = (
+        "Value: median of at least five interleaved repeats, with the smallest and the largest. In bold what "
+        "is judged by floor and aim; below it the CPU seconds of each way, for which only the ratios count."
+    )
+    columns = ["data", "method", "value", "unit", "floor", "aim"]
+    title = "Speed, stage by stage"
+    return {"title": title, "columns": columns, "numbers": numbers, "baselines": ways, "note": note}
+
+
 def regressions(measured: dict[str, Any], stored: dict[str, Any]) -> list[str]:
     """Say which ratios are more than 20 % worse than the stored ones."""
     told = []
@@ -101,7 +132,8 @@ def main() -> None:
     else:
         missed += regressions(measured, json.loads(stored.read_text("utf-8"))["stages"])
     if output is not None:
-        write_json(output, collect_provenance() | {"benchmark": "speed", "stages": measured})
+        content = collect_provenance() | {"benchmark": "speed", "seed": 0, "stages": measured}
+        write_json(output, content | tables(measured))
         print(f"Wrote {output}.")
     compared = "" if stored is None else f", compared with {stored.name}"
     print(f"{len(measured)} stages in {time.perf_counter() - start:.0f} s{compared}.")

@@ -12,7 +12,13 @@ from pathlib import Path
 from modeling_scdiva.model_card import result_section
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "model_cards/small.md", "model_cards/generator.md", "data/SCALING.md")
+PAGES = (
+    "README.md",
+    "model_cards/small.md",
+    "model_cards/generator.md",
+    "data/SCALING.md",
+    "benchmarks/README.md",
+)
 BLOCK = re.compile(r"(<!-- results:([^>]*?)-->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
