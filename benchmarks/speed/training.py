@@ -2,7 +2,8 @@
 
 The peak is the rate of a 2048 x 2048 matrix product in fp32 in the same process, between the same steps;
 FLOPs are counted by the formula of modeling_scdiva/training_metrics.py. The plain step does the same work
-without any library (plain_network.py). A step is forward, backward, clip and AdamW, on one thread.
+without any library (plain_network.py). A step is forward, backward, clip and AdamW, on one thread, and the
+allocator keeps what is freed (see `keep_freed_memory`).
 
     python benchmarks/speed/training.py
 """
@@ -10,6 +11,7 @@ without any library (plain_network.py). A step is forward, backward, clip and Ad
 import torch
 from paper_network import (
     MAX_GENES,
+    keep_freed_memory,
     masked_cells,
     paper_model,
     product_rates,
@@ -27,6 +29,7 @@ N_CELLS = 2
 def main() -> None:
     """Measure."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     model = paper_model()
     batch = masked_cells(model.config, [MAX_GENES] * N_CELLS)
     plain = PlainNetwork(model.config).train()
