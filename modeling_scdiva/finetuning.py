@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from modeling_scdiva.adapters import trainable_state
 from modeling_scdiva.hardware import refuse_precision
+from modeling_scdiva.sharding import sharding_settings
 
 Batch = Mapping[str, torch.Tensor]
 PLAIN_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -154,9 +155,11 @@ def finetune(
 
 def _refuse_unsupported(accelerator: Accelerator) -> None:
     refuse_precision(accelerator)
-    if accelerator.distributed_type not in PLAIN_DATA_PARALLEL:
+    is_sharded = sharding_settings(accelerator) is not None  # asked for, also where Accelerate drops it
+    if is_sharded or accelerator.distributed_type not in PLAIN_DATA_PARALLEL:
+        asked = "FSDP" if is_sharded else accelerator.distributed_type.value
         msg = (
-            f"{accelerator.distributed_type.value} is not supported: whole weights are kept and restored. "
+            f"{asked} is not supported in fine-tuning: whole weights are kept and restored. "
             "Launch with plain data parallelism (accelerate launch --multi_gpu)."
         )
         raise ValueError(msg)

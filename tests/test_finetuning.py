@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from modeling_scdiva.finetuning import FinetuningArguments, finetune
@@ -210,6 +210,15 @@ def test_launches_that_are_not_supported_are_refused():
             divided(accelerator)
     finally:
         accelerator.state._mixed_precision = "no"
+
+
+def test_sharded_launches_are_refused_also_where_accelerate_drops_the_setting(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setitem(accelerator.state._shared_state, "distributed_type", DistributedType.MULTI_CPU)
+    with pytest.raises(ValueError, match="FSDP is not supported in fine-tuning: whole weights are kept"):
+        divided(accelerator)
 
 
 def test_nothing_to_train_is_an_error():
