@@ -81,6 +81,19 @@ assert compiled_kernels() is None
     assert "numba is not installed: cells are ranked by plain NumPy" in done.stderr
 
 
+def test_kernels_are_compiled_where_no_folder_can_keep_them() -> None:
+    script = """
+from numba.core import caching
+caching.CompileResultCacheImpl._locator_classes = []  # what numba finds where nothing is writable
+import numpy as np
+from tokenization_scdiva.kernels_scdiva import compiled_kernels
+sums = np.empty(1, np.int64)
+compiled_kernels().row_sums(np.array([0, 2]), np.array([1, 2], np.int32), sums)
+assert sums == [3]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_numba_is_not_imported_before_it_is_needed() -> None:
     script = "import sys, tokenization_scdiva; assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

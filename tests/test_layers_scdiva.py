@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from modeling_scdiva import ScDivaConfig, ScDivaForMaskedDiffusion, ScDivaModel, pool_cells
 from modeling_scdiva.layers_scdiva import (
@@ -159,3 +160,28 @@ def test_pooling_by_hand():
     assert pool_cells(states, mask, "mean").tolist() == [[3.0], [7.0], [0.0]]
     with pytest.raises(ValueError, match='"lat" or "mean", got \'max\''):
         pool_cells(states, mask, "max")
+
+
+class SeenMasks(TorchFunctionMode):
+    """Note the mask of every call of scaled dot product attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.scaled_dot_product_attention:
+            self.masks.append(kwargs["attn_mask"])
+        return function(*args, **(kwargs or {}))
+
+
+def test_attention_gets_a_mask_only_where_something_is_padded(small_network, small_cells):
+    """Without a mask the fast kernels apply."""
+    network = small_network()
+    for n_genes, is_masked in (((7, 7), False), ((7, 5), True)):
+        cells = small_cells(n_genes)
+        cells.pop("size_factors")
+        for given in (cells, {name: cells[name] for name in ("input_ids", "expression_values")}):
+            with SeenMasks() as seen, torch.no_grad():
+                network(**given)
+            assert [mask is not None for mask in seen.masks] == [is_masked] * 2
