@@ -47,24 +47,32 @@ def test_rows_are_those_of_datasets(dataset, rows):
     table = reader.table(np.array(rows), list(FEATURES))
     assert table.to_pylist() == wanted
     assert table.column("genes").type == dataset.data.column("genes").type
-    offsets, entries = reader.lists("genes", np.array(rows))
+    offsets, (entries, counts) = reader.lists(("genes", "counts"), np.array(rows))
     assert entries.dtype == np.uint16
     assert [entries[a:b].tolist() for a, b in pairwise(offsets)] == [row["genes"] for row in wanted]
+    assert counts.tolist() == [count for row in wanted for count in row["counts"]]
     sizes = reader.numbers("size", np.array(rows))
     assert (sizes.dtype, sizes.tolist()) == (np.float32, [row["size"] for row in wanted])
 
 
 def test_lists_are_cut_while_they_are_fetched(dataset):
-    offsets, entries = ArrowRows(dataset).lists("counts", np.arange(37), 3)
+    offsets, (entries,) = ArrowRows(dataset).lists(["counts"], np.arange(37), 3)
     assert [entries[a:b].tolist() for a, b in pairwise(offsets)] == [row["counts"][:3] for row in dataset]
 
 
 def test_lengths(dataset):
-    assert ArrowRows(dataset).list_lengths("genes").tolist() == [len(row["genes"]) for row in dataset]
+    assert ArrowRows(dataset).list_lengths().tolist() == [len(row["genes"]) for row in dataset]
 
 
 def test_what_is_pickled_is_the_name_of_the_file_not_its_content(dataset):
     reader = ArrowRows(dataset)
     before = len(pickle.dumps(reader))
-    reader.lists("genes", np.arange(37))
+    reader.lists(["genes"], np.arange(37))
     assert len(pickle.dumps(reader)) == before
+
+
+def test_lists_of_different_length_are_refused(dataset):
+    rows = dataset.to_list()
+    rows[11]["counts"].append(1)
+    with pytest.raises(ValueError, match="The lists 'genes' and 'counts' differ in length"):
+        ArrowRows(Dataset.from_list(rows, features=FEATURES)).lists(["genes"], np.arange(3))

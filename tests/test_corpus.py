@@ -364,9 +364,19 @@ def test_damaged_shard_is_named_and_repaired(cell_files, tokenizer, tmp_path, wh
 
 def test_large_corpora_are_compared_by_size_only(corpus_folder, tokenizer, tmp_path, monkeypatch):
     folder = shutil.copytree(corpus_folder, tmp_path / "corpus")
-    flip(folder / "train-00000-of-00002.arrow")
+    corpus = open_corpus(folder, tokenizer)
+    shard = folder / "train-00000-of-00002.arrow"
+    counts = corpus._rows.column("counts").chunk(0).values.to_numpy().tobytes()
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(counts, counts[:-1] + bytes([counts[-1] ^ 1])))
+    assert shard.read_bytes() != content
+    with pytest.raises(ValueError, match="SHA-256"):
+        open_corpus(folder, tokenizer)
     monkeypatch.setattr(corpus_module, "HASHED_BYTES", 1000)
     assert len(open_corpus(folder, tokenizer))
+    flip(shard)  # in the bounds of the cells, which are looked at anyway
+    with pytest.raises(ValueError, match="'gene_ids' and 'counts' differ in length"):
+        open_corpus(folder, tokenizer)
 
 
 def test_wrong_corpora_are_refused(corpus_folder, tokenizer, tmp_path):

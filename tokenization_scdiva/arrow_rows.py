@@ -9,23 +9,11 @@ Dimensions: N rows, B rows gathered, T list entries of these rows.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-
-
-class ListBuffers(NamedTuple):
-    """A column of lists as NumPy sees it, one array per record batch.
-
-    Attributes:
-        offsets: (n + 1,) int32 each, where the lists of a batch begin in its entries.
-        entries: Entries of all lists of a batch, views of the mapped file.
-    """
-
-    offsets: list[np.ndarray]
-    entries: list[np.ndarray]
 
 
 class ArrowRows:
@@ -60,40 +48,36 @@ class ArrowRows:
         """
         return self.dataset.data.column(name)
 
-    def list_lengths(self, name: str) -> np.ndarray:
-        """Measure all lists of a column.
-
-        Args:
-            name: Column of lists.
+    def list_lengths(self) -> np.ndarray:
+        """Measure the lists of all rows.
 
         Returns:
             (N,) int32.
         """
-        lengths = [np.diff(offsets) for offsets in self._lists[name].offsets]
-        return np.concatenate(lengths).astype(np.int32)
+        return np.concatenate([np.diff(offsets) for offsets in self._offsets]).astype(np.int32)
 
     def lists(
-        self, name: str, rows: np.ndarray, max_length: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Gather lists.
+        self, names: Sequence[str], rows: np.ndarray, max_length: int | None = None
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Gather lists of several columns; in a row they are equally long.
 
         Args:
-            name: Column of lists.
+            names: Columns of lists.
             rows: (B,) int64 rows, in any order.
             max_length: Longer lists are cut.
 
         Returns:
-            Boundaries (B + 1,) int64, and the entries (T,) in the type of the file.
+            Boundaries (B + 1,) int64, and the entries (T,) of each column in the type of the file.
         """
-        offsets, entries = self._lists[name]
-        parts = []
+        spans = []
         for batch, place in zip(*self._places(rows), strict=True):
-            start, stop = offsets[batch][place : place + 2].tolist()
-            stop = stop if max_length is None else min(stop, start + max_length)
-            parts.append(entries[batch][start:stop])
-        lengths = [len(part) for part in parts]
-        boundaries = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-        return boundaries, np.concatenate(parts)
+            start, stop = self._offsets[batch][place : place + 2].tolist()
+            spans.append((batch, start, stop if max_length is None else min(stop, start + max_length)))
+        boundaries = np.cumsum([0, *(stop - start for _, start, stop in spans)], dtype=np.int64)
+        columns = [self._entries[name] for name in names]
+        return boundaries, [
+            np.concatenate([column[batch][start:stop] for batch, start, stop in spans]) for column in columns
+        ]
 
     def numbers(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Gather numbers.
@@ -119,27 +103,42 @@ class ArrowRows:
         Returns:
             Table of one record batch.
         """
-        columns: dict[str, Any] = {}
-        for name in names:
-            if name in self._lists:
-                offsets, entries = self.lists(name, rows)
-                columns[name] = pa.ListArray.from_arrays(
-                    pa.array(offsets.astype(np.int32)), pa.array(entries)
-                )
-            else:
-                columns[name] = self.column(name).take(pa.array(rows)).combine_chunks()
+        list_names = [name for name in names if name in self._entries]
+        boundaries, entries = self.lists(list_names, rows)
+        offsets = pa.array(boundaries.astype(np.int32))
+        lists = dict(zip(list_names, entries, strict=True))
+        columns = {
+            name: pa.ListArray.from_arrays(offsets, pa.array(lists[name]))
+            if name in lists
+            else self.column(name).take(pa.array(rows)).combine_chunks()
+            for name in names
+        }
         return pa.table(columns)
 
     @cached_property
-    def _lists(self) -> dict[str, ListBuffers]:
+    def _list_columns(self) -> dict[str, pa.ChunkedArray]:
         columns = zip(self.column_names, self.dataset.data.columns, strict=True)
+        return {name: column for name, column in columns if pa.types.is_list(column.type)}
+
+    @cached_property
+    def _offsets(self) -> list[np.ndarray]:
+        """(n + 1,) int32 for each record batch: where the lists of its rows begin, in any column."""
+        (first, offsets), *others = (
+            (name, [chunk.offsets.to_numpy() for chunk in column.chunks])
+            for name, column in self._list_columns.items()
+        )
+        for name, theirs in others:
+            if not all(map(np.array_equal, offsets, theirs)):
+                msg = f"The lists {first!r} and {name!r} differ in length: build these damaged files again."
+                raise ValueError(msg)
+        return offsets
+
+    @cached_property
+    def _entries(self) -> dict[str, list[np.ndarray]]:
+        """Entries of all lists of each record batch, views of the mapped file."""
         return {
-            name: ListBuffers(
-                [chunk.offsets.to_numpy() for chunk in column.chunks],
-                [chunk.values.to_numpy(zero_copy_only=True) for chunk in column.chunks],
-            )
-            for name, column in columns
-            if pa.types.is_list(column.type)
+            name: [chunk.values.to_numpy(zero_copy_only=True) for chunk in column.chunks]
+            for name, column in self._list_columns.items()
         }
 
     @cached_property

@@ -197,7 +197,7 @@ class CellCorpus(TorchDataset[CellBatch]):
         self._rows = ArrowRows(
             concatenate_datasets([_open_shard(self.folder, shard, is_hashed=is_hashed) for shard in shards])
         )
-        self.n_genes = self._rows.list_lengths("gene_ids")
+        self.n_genes = self._rows.list_lengths()
         vocab_size = self.manifest["vocab_size"]
         self.measured_genes = np.stack(
             [unpack_measured_genes(file["measured_genes"], vocab_size) for file in self.manifest["datasets"]]
@@ -233,15 +233,16 @@ class CellCorpus(TorchDataset[CellBatch]):
             [CellDraw(draw) if isinstance(draw, int | np.integer) else draw for draw in draws], dtype=np.int64
         )
         rows = keys[:, 0]
-        offsets, token_ids = self._rows.lists("gene_ids", rows, self.max_genes)
+        amounts_name = "counts" if self.value_kind == "counts" else "expression_values"
+        offsets, (token_ids, amounts) = self._rows.lists(("gene_ids", amounts_name), rows, self.max_genes)
         token_ids = token_ids.astype(np.int32)
         ids = [self._condition_ids(name, rows) for name in self.conditions]
         dataset_ids = self._rows.numbers("dataset_id", rows).astype(np.int64)
         origin = (dataset_ids, self.measured_genes, np.stack(ids, axis=1) if ids else None)
         if self.value_kind == "log1p":
-            values = self._rows.lists("expression_values", rows, self.max_genes)[1].astype(np.float32)
+            values = amounts.astype(np.float32)
             return CellBatch(FlatCells(offsets, token_ids, values, None, None), keys, *origin)
-        counts = self._rows.lists("counts", rows, self.max_genes)[1].astype(np.int32)
+        counts = amounts.astype(np.int32)
         library_size = self._rows.numbers("library_size", rows).astype(np.float64)
         values = cell_values(offsets, counts, library_size, self.target_sum)
         return CellBatch(FlatCells(offsets, token_ids, values, counts, library_size), keys, *origin)
