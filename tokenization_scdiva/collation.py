@@ -98,14 +98,29 @@ def cell_coins(cell_seed: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     Returns:
         (T,) float64 in [0, 1).
     """
-    lengths, kernels = np.diff(offsets), compiled_kernels()
-    if kernels is not None:
-        coins = np.empty(offsets[-1])
-        hashed_places = splitmix64(np.arange(lengths.max(initial=0), dtype=np.uint64))
-        kernels.hash_coins(offsets, cell_seed, hashed_places, coins)
-        return coins
+    lengths = np.diff(offsets)
     places = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
     return hashed_uniform(np.repeat(cell_seed, lengths), places.astype(np.uint64))
+
+
+def draw_genes(cell_seed: np.ndarray, offsets: np.ndarray, rates: np.ndarray) -> np.ndarray:
+    """Draw genes independently, each with the rate of its cell.
+
+    Args:
+        cell_seed: (B,) uint64.
+        offsets: (B + 1,) cell boundaries.
+        rates: (B,) float64 probability of each gene of a cell.
+
+    Returns:
+        (T,) bool, whether the coin of `cell_coins` lies below the rate.
+    """
+    lengths, kernels = np.diff(offsets), compiled_kernels()
+    if kernels is None:
+        return cell_coins(cell_seed, offsets) < np.repeat(rates, lengths)
+    is_drawn = np.empty(offsets[-1], dtype=np.bool_)
+    hashed_places = splitmix64(np.arange(lengths.max(initial=0), dtype=np.uint64))
+    kernels.draw_entries(offsets, cell_seed, hashed_places, rates, is_drawn)
+    return is_drawn
 
 
 def scale_depth(values: np.ndarray, kept_share: np.ndarray) -> np.ndarray:
@@ -260,13 +275,13 @@ class ScDivaDataCollator:
         strata, n_strata = batch.draws[:, 2], int(batch.draws[0, 3])
         timestep = stratified_timesteps(hashed_uniform(cell_seed, TIME_STREAM), strata, n_strata)  # (B,)
         lengths = clean.n_genes
-        coins = cell_coins(cell_seed, clean.offsets)  # (T,)
         if self.objective == "elbo":
             n_masked = np.ceil(timestep * lengths).astype(np.int64)  # uniform on 1 .. L
+            coins = cell_coins(cell_seed, clean.offsets)  # (T,)
             is_drawn = lowest_coins(coins, clean.offsets, n_masked)  # (T,)
             timestep = np.where(lengths > 0, n_masked / np.maximum(lengths, 1), timestep)
         else:
-            is_drawn = coins < np.repeat(timestep, lengths)  # (T,)
+            is_drawn = draw_genes(cell_seed, clean.offsets, timestep)  # (T,)
         # 4. Inputs and targets.
         inputs = self._lay_out(clean, seen, is_drawn)
         inputs["timestep"] = torch.from_numpy(timestep.astype(np.float32))

@@ -105,15 +105,16 @@ def look_up(offsets, counts, table, values):
 
 
 @_compiled
-def hash_coins(offsets, seeds, hashed_places, coins):
-    """Write one uniform number for every entry, the hash of its cell's seed and its place in the cell."""
+def draw_entries(offsets, seeds, hashed_places, rates, is_drawn):
+    """Draw every entry with the rate of its cell, by the hash of the cell's seed and the entry's place."""
     for row in range(len(offsets) - 1):
         start = offsets[row]
         for entry in range(start, offsets[row + 1]):
             word = (seeds[row] + hashed_places[entry - start]) * SPLITMIX_GAMMA + SPLITMIX_GAMMA
             word = (word ^ (word >> np.uint64(30))) * SPLITMIX_MIX_1
             word = (word ^ (word >> np.uint64(27))) * SPLITMIX_MIX_2
-            coins[entry] = np.float64((word ^ (word >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+            coin = np.float64((word ^ (word >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+            is_drawn[entry] = coin < rates[row]
 
 
 @_compiled
@@ -259,7 +260,7 @@ KERNELS = SimpleNamespace(
     row_sums=row_sums,
     keep_genes=keep_genes,
     look_up=look_up,
-    hash_coins=hash_coins,
+    draw_entries=draw_entries,
     lay_out=lay_out,
     rank_rows=rank_rows,
 )
