@@ -159,7 +159,7 @@ def ensembl_id(name: str) -> str | None:
         The id without version; None if the name is no Ensembl gene id (symbols such as "AL391845.2" keep
         their number).
     """
-    found = _ENSEMBL_ID.fullmatch(name)
+    found = _read_ensembl(name)
     return found[1] + found[3] if found else None
 
 
@@ -172,7 +172,7 @@ def ensembl_prefix(name: str) -> str | None:
     Returns:
         Such as "ENSG" (human) or "ENSMUSG" (mouse); None if the name is no Ensembl gene id.
     """
-    found = _ENSEMBL_ID.fullmatch(name)
+    found = _read_ensembl(name)
     return found[1] if found else None
 
 
@@ -185,8 +185,13 @@ def is_par_y(name: str) -> bool:
     Returns:
         Whether the name is such a copy, whose molecules belong to the gene on X.
     """
-    found = _ENSEMBL_ID.fullmatch(name)
+    found = _read_ensembl(name)
     return bool(found and (found[2] or found[4]))
+
+
+# Species, Y copy of old releases, number, Y copy; the pattern is tried on names only that may fit.
+def _read_ensembl(name: str) -> re.Match[str] | None:
+    return _ENSEMBL_ID.fullmatch(name) if name.startswith("ENS") else None
 
 
 def without_unique_suffix(name: str, names: set[str | None]) -> str | None:
@@ -400,12 +405,12 @@ def find_genes(
         # 1. An Ensembl id says most, also that a gene is of another species or the Y copy of one on X.
         prefixes = set()
         for name in present:
-            if (gene_id := ensembl_id(name)) is not None:
-                if is_par_y(name):
+            if (found := _read_ensembl(name)) is not None:
+                if found[2] or found[4]:
                     return None, "duplicates"
-                if gene_id in ids:
+                if (gene_id := found[1] + found[3]) in ids:
                     return ids[gene_id], "by_id"
-                prefixes.add(ensembl_prefix(name))
+                prefixes.add(found[1])
         if prefixes and own_prefixes and not prefixes & own_prefixes:
             return None, "unknown"
         # 2. Then the names as they are, then without what var_names_make_unique has appended.
