@@ -76,3 +76,13 @@ def test_lists_of_different_length_are_refused(dataset):
     rows[11]["counts"].append(1)
     with pytest.raises(ValueError, match="The lists 'genes' and 'counts' differ in length"):
         ArrowRows(Dataset.from_list(rows, features=FEATURES)).lists(["genes"], np.arange(3))
+
+
+@pytest.mark.parametrize("row", [-1, 37, 10**6])
+def test_rows_that_are_not_there_are_refused(dataset, row):
+    reader = ArrowRows(dataset)
+    for read in (lambda rows: reader.lists(["genes"], rows), lambda rows: reader.numbers("size", rows)):
+        with pytest.raises(
+            IndexError, match=rf"Rows must lie in \[0, 37\), got {min(row, 3)} to {max(row, 3)}"
+        ):
+            read(np.array([3, row]))

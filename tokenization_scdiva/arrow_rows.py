@@ -157,6 +157,16 @@ class ArrowRows:
         return np.cumsum([0, *lengths[:-1]])
 
     def _places(self, rows: np.ndarray) -> tuple[list[int], list[int]]:
-        """Record batch of each row, and its place there."""
+        """Find rows (B,) in the record batches.
+
+        Returns:
+            The batch of each row, and its place there.
+
+        Raises:
+            IndexError: If there is no such row; iterating over a corpus ends by it.
+        """
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            msg = f"Rows must lie in [0, {len(self)}), got {rows.min()} to {rows.max()}."
+            raise IndexError(msg)
         batches = np.searchsorted(self._first_rows, rows, side="right") - 1
         return batches.tolist(), (rows - self._first_rows[batches]).tolist()
