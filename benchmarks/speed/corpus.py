@@ -20,7 +20,7 @@ import numpy as np
 from datasets import Dataset, disable_progress_bars
 from inputs import N_GENES, gene_name, make_counts, make_tokenizer, write_cells
 from scipy.sparse import vstack
-from side_by_side import Line, interleave, number_line, ratio_line, report
+from side_by_side import N_REPEATS, Line, interleave, number_line, ratio_line, report
 
 from tokenization_scdiva import CorpusSettings, ScDivaTokenizer, build_corpus
 from tokenization_scdiva.corpus import corpus_features
@@ -136,7 +136,7 @@ def memory_line(scratch: Path, counts: Any, tokenizer: ScDivaTokenizer) -> Line:
     growths = [
         peak_memory(scratch / "many.h5ad", scratch / f"{repeat}")
         - peak_memory(scratch / "few.h5ad", scratch / f"{repeat}")
-        for repeat in range(3)
+        for repeat in range(N_REPEATS)
     ]
     return number_line(
         "memory, 4,000 to 40,000 cells", growths, floor=50.0, aim=20.0, better="lower", unit="MB",
