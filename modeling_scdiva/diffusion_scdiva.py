@@ -121,23 +121,6 @@ def gene_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def masked_gene_loss(
-    logits: torch.Tensor, labels: torch.Tensor, cell_index: torch.Tensor, n_cells: int
-) -> torch.Tensor:
-    """Compute the mean cross-entropy of the masked genes of each cell.
-
-    Args:
-        logits: (n, V) gene logits at the masked positions; -inf is probability zero.
-        labels: (n,) int64 true gene tokens.
-        cell_index: (n,) int64, the cell of each position.
-        n_cells: Number of cells B.
-
-    Returns:
-        (B,) float32 nats per masked gene; 0 for a cell without one.
-    """
-    return per_cell_mean(gene_nats(logits, labels), cell_index, n_cells)
-
-
 def masked_expression_loss(
     predictions: torch.Tensor, targets: torch.Tensor, cell_index: torch.Tensor, n_cells: int
 ) -> torch.Tensor:
@@ -217,7 +200,6 @@ __all__ = [
     "gene_query_loss",
     "loss_weight",
     "masked_expression_loss",
-    "masked_gene_loss",
     "masking_rate",
     "per_cell_mean",
     "stratified_timesteps",

@@ -15,7 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_scdiva import ScDivaConfig, ScDivaForMaskedDiffusion
-from modeling_scdiva.diffusion_scdiva import masked_expression_loss, masked_gene_loss, visible_gene_mask
+from modeling_scdiva.diffusion_scdiva import (
+    gene_nats,
+    masked_expression_loss,
+    per_cell_mean,
+    visible_gene_mask,
+)
 from modeling_scdiva.metrics.denoising import evaluate_denoising, gain_over, mean_by_time, report_denoising
 from modeling_scdiva.metrics.denoising_baselines import BaselineFitter, rank_bins
 from modeling_scdiva.metrics.reconstruction_baselines import iter_gene_laws
@@ -174,10 +179,11 @@ def test_reduction_equals_the_model_loss() -> None:
     losses = baselines.gene_losses(batch)
     table = baselines.gene_tables["rank_unigram"]
     logits = table[:, baselines.gene_bins[positions - 1]].T.log()  # (n, V)
-    of_model = masked_gene_loss(logits, labels, cells, n_cells)
+    of_model = per_cell_mean(gene_nats(logits, labels), cells, n_cells)
     assert torch.allclose(losses["rank_unigram"].float(), of_model, atol=1e-5)
     is_visible = visible_gene_mask(batch["input_ids"], N_SPECIAL, VOCAB_SIZE)
-    excluding = masked_gene_loss(logits.masked_fill(is_visible[cells], -torch.inf), labels, cells, n_cells)
+    nats = gene_nats(logits.masked_fill(is_visible[cells], -torch.inf), labels)
+    excluding = per_cell_mean(nats, cells, n_cells)
     assert torch.allclose(losses["rank_unigram_excluding_visible"].float(), excluding, atol=1e-5)
     predicted, true = baselines.gene_mean[labels], batch["expression_labels"][cells, positions]
     of_model = masked_expression_loss(predicted, true, cells, n_cells)

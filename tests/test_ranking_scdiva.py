@@ -152,8 +152,8 @@ def test_keep_vocabulary_genes_against_dense():
 
 
 def test_pad_cells_by_hand():
-    padded = pad_cells(np.array([0, 2, 2, 3]), np.array([7, 8, 9]), first=2, fill=0, multiple=4)
-    assert padded.tolist() == [[2, 7, 8, 0], [2, 0, 0, 0], [2, 9, 0, 0]]
+    padded = pad_cells(np.array([0, 2, 2, 3]), np.array([7, 8, 9]), first=2, fill=0)
+    assert padded.tolist() == [[2, 7, 8], [2, 0, 0], [2, 9, 0]]
     assert pad_cells(np.array([0, 0]), np.array([], dtype=np.int64), first=2, fill=0).tolist() == [[2]]
 
 

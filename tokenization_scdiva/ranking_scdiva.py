@@ -341,9 +341,7 @@ def iter_flat_cells(
         yield block.start, FlatCells(offsets, token_ids, values, amounts, sizes), float(totals.sum())
 
 
-def pad_cells(
-    offsets: np.ndarray, flat: np.ndarray, *, first: float, fill: float, multiple: int = 1
-) -> np.ndarray:
+def pad_cells(offsets: np.ndarray, flat: np.ndarray, *, first: float, fill: float) -> np.ndarray:
     """Lay ragged cells out as a rectangle with one leading entry, the place of the anchor token.
 
     Args:
@@ -351,13 +349,12 @@ def pad_cells(
         flat: (T,) entries of all cells.
         first: Value of column 0.
         fill: Value to the right of each cell's last gene.
-        multiple: The width is rounded up to a multiple of this.
 
     Returns:
-        (B, S) array of the type of ``flat``, S = 1 + longest cell, rounded up.
+        (B, S) array of the type of ``flat``, S = 1 + longest cell.
     """
     lengths = np.diff(offsets)
-    width = -(-(1 + int(lengths.max(initial=0))) // multiple) * multiple
+    width = 1 + int(lengths.max(initial=0))
     padded = np.full((len(lengths), width), fill, dtype=flat.dtype)
     padded[:, 0] = first
     padded[:, 1:][np.arange(width - 1) < lengths[:, None]] = flat

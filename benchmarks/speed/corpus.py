@@ -11,23 +11,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import anndata
 import h5py
 import numpy as np
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from inputs import N_GENES, gene_name, make_counts, make_tokenizer, write_cells
+from plain_corpus import build, build_plainly, plain_cell
 from scipy.sparse import vstack
 from side_by_side import N_REPEATS, Line, interleave, number_line, ratio_line, report
 
-from tokenization_scdiva import CorpusSettings, ScDivaTokenizer, build_corpus
-from tokenization_scdiva.corpus import corpus_features
+from tokenization_scdiva import ScDivaTokenizer
 
 N_CELLS, BLOCK_SIZE = 16_000, 1000
 FEW, MANY = 4_000, 40_000
-TARGET_SUM = 1e4
 
 # The peak of what is no mapped file, seen every few milliseconds: mapped pages can be dropped at any time.
 MEASURE = """
@@ -50,60 +50,19 @@ print(peak / 1024)
 """
 
 
-def build(source: Path, tokenizer: ScDivaTokenizer) -> dict[str, Any]:
-    """Build a corpus in a folder that is thrown away; return its manifest."""
-    with tempfile.TemporaryDirectory() as corpus:
-        manifest = build_corpus(
-            {"cells": source},
-            corpus,
-            tokenizer=tokenizer,
-            settings=CorpusSettings(validation_fraction=0.0),
-            show_progress=False,
-        )
-    assert manifest is not None
-    return manifest
-
-
-def plain_rows(source: Path, tokenizer: ScDivaTokenizer) -> Iterator[dict[str, Any]]:
-    """Do the same cell by cell."""
+def plain_rows(files: dict[str, Path], tokenizer: ScDivaTokenizer) -> Iterator[dict[str, Any]]:
+    """Do the same cell by cell, reading included."""
     names = {name: token for token, name in enumerate(tokenizer.vocabulary.gene_ids)}
     weights = tokenizer.ranking_weights
+    (source,) = files.values()
     adata = anndata.read_h5ad(source, backed="r")
     tokens = np.array([names.get(name, -1) for name in adata.var_names])
     for first in range(0, adata.n_obs, BLOCK_SIZE):
         block = adata.X[first : first + BLOCK_SIZE]
-        for row, (start, stop) in enumerate(zip(block.indptr[:-1], block.indptr[1:], strict=True)):
-            counts = block.data[start:stop]
-            token_ids = tokens[block.indices[start:stop]]
-            library_size = counts.sum()
-            is_known = token_ids >= 0
-            counts, token_ids = counts[is_known], token_ids[is_known]
-            values = np.log1p(counts * TARGET_SUM / library_size).astype(np.float32)
-            order = np.argsort(-(values / weights[token_ids]), kind="stable")
-            yield {
-                "gene_ids": token_ids[order].astype(np.uint16),
-                "counts": counts[order].astype(np.uint16),
-                "library_size": library_size,
-                "dataset_id": 0,
-                "cell_index": first + row,
-            }
+        for row, (start, stop) in enumerate(pairwise(block.indptr)):
+            cell = plain_cell(block.data[start:stop], tokens[block.indices[start:stop]], weights)
+            yield cell | {"dataset_id": 0, "cell_index": first + row}
     adata.file.close()
-
-
-def build_plainly(source: Path, tokenizer: ScDivaTokenizer) -> int:
-    """Let `datasets` write what `plain_rows` yields; return the number of cells."""
-    features = corpus_features(
-        value_kind="counts", vocab_size=len(tokenizer.vocabulary), count_dtype="uint16", obs_keys=()
-    )
-    with tempfile.TemporaryDirectory() as cache:
-        rows = Dataset.from_generator(
-            plain_rows,
-            features=features,
-            cache_dir=cache,
-            gen_kwargs={"source": source, "tokenizer": tokenizer},
-            fingerprint="plain",
-        )
-        return len(rows)
 
 
 def decompress(source: Path) -> None:
@@ -151,16 +110,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         memory = memory_line(scratch, counts, tokenizer)
-        raw, zipped = scratch / "raw.h5ad", scratch / "zipped.h5ad"
-        write_cells(raw, counts)
-        write_cells(zipped, counts, compression="gzip")
+        raw, zipped = ({"cells": scratch / f"{name}.h5ad"} for name in ("raw", "zipped"))
+        write_cells(raw["cells"], counts)
+        write_cells(zipped["cells"], counts, compression="gzip")
         manifest = build(raw, tokenizer)
         timings = interleave(
             {
                 "corpus": lambda: build(raw, tokenizer),
-                "from_generator": lambda: build_plainly(raw, tokenizer),
+                "from_generator": lambda: build_plainly(plain_rows, raw, tokenizer),
                 "corpus, gzip": lambda: build(zipped, tokenizer),
-                "decompression": lambda: decompress(zipped),
+                "decompression": lambda: decompress(zipped["cells"]),
             }
         )
     known = np.array([gene_name(gene) in tokenizer.vocabulary.token_ids for gene in range(N_GENES)])
